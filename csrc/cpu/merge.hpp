@@ -1,0 +1,28 @@
+// The CPU backend's entry: merge, decode, encode and norms over contiguous ranges, for each instruction set present.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/expression.hpp"
+
+namespace paramdelta::cpu {
+
+enum class Isa : std::uint8_t { scalar, avx2, avx512 };
+
+const char* name_of(Isa isa);
+std::vector<Isa> available_isas();  // those this machine runs, slowest first
+Isa best_isa();                     // the last of them, or what PARAMDELTA_ISA names
+
+// Where the output goes: `cached` leaves it in the cache (a slot that is written to a file next), `streamed` uses
+// non-temporal stores (a large array that nothing reads soon).
+enum class Store : std::uint8_t { cached, streamed };
+
+// Merges one contiguous range on the calling thread. The floating-point mode is set to the default for the call and
+// restored. Every instruction set gives the same bits and the same counts; so does every way of cutting a range.
+Counts merge(Isa isa, const Merge& job, Store store);
+
+// The same over `threads` threads, cut at multiples of 4096 elements.
+Counts merge_parallel(Isa isa, const Merge& job, Store store, int threads);
+
+}  // namespace paramdelta::cpu

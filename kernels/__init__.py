@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``paramdelta.kernels``. Imported only by ``paramdelta.backends``, and only when asked for."""

@@ -1,0 +1,86 @@
+"""The one exception family of the package, the complaints it carries, and the exit code each error ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_NOT_PUBLISHED = 3
+
+
+def shown(name: object) -> str:
+    """Return ``name`` fit for a terminal: control characters and lone surrogates escaped, long names cut."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
+    return text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}"
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """One thing that is wrong: what it is about, what is the matter, and the option that resolves it.
+
+    ``subject`` names a file, a tensor or a field of a config; ``problem`` says what was expected and what came;
+    ``remedy`` names an option or a step, and is empty only where nothing but another input helps.
+    """
+
+    subject: str
+    problem: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{shown(self.subject)}: {self.problem}"
+        return f"{text}\n    → {self.remedy}" if self.remedy else text
+
+
+class ParamDeltaError(Exception):
+    """Base of every error this package raises on purpose. ``exit_code`` is what the command line ends with."""
+
+    exit_code = EXIT_FAILED
+
+
+class OperandError(ParamDeltaError, ValueError):
+    """Operands of a tensor operation do not fit together (shape, overlap, alpha, read-only output)."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class OperandTypeError(ParamDeltaError, TypeError):
+    """An operand of a tensor operation has a type or dtype that has no arithmetic here."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class InputError(ParamDeltaError, ValueError):
+    """Inputs or the request cannot be merged; nothing was written. Carries every complaint, not the first."""
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, complaints: Complaint | Iterable[Complaint]) -> None:
+        self.complaints = (complaints,) if isinstance(complaints, Complaint) else tuple(complaints)
+        super().__init__("\n".join(str(c) for c in self.complaints))
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder or one of its files breaks the format's rules."""
+
+
+class PlanError(InputError):
+    """The three checkpoints and the request do not fit together."""
+
+
+class StorageError(ParamDeltaError, OSError):
+    """Reading or writing failed while the merge ran; nothing was published."""
+
+
+class NonFiniteError(ParamDeltaError, ArithmeticError):
+    """The merge finished, but results are NaN, infinite or overflowed; nothing was published."""
+
+    exit_code = EXIT_NOT_PUBLISHED
+
+
+class BackendError(ParamDeltaError, RuntimeError):
+    """A backend was asked for that this machine cannot run."""
+
+    exit_code = EXIT_BAD_INPUT

@@ -1,0 +1,35 @@
+"""Builds paramdelta._cpu, the C++ extension: one build serves every instruction set (chosen at run time)."""
+
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
+from setuptools import setup
+
+# -ffp-contract=off: a fused multiply-add rounds once where the contract rounds twice.
+# -fno-math-errno / -fno-trapping-math change no value; they let loops vectorise.
+FLAGS = [
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+]
+
+ParallelCompile("PARAMDELTA_BUILD_JOBS", default=0, needs_recompile=naive_recompile).install()
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "paramdelta._cpu",
+            sorted(glob("csrc/cpu/*.cpp") + glob("csrc/io/*.cpp") + ["csrc/python/bind_cpu.cpp"]),
+            include_dirs=["csrc"],
+            depends=glob("csrc/**/*.hpp", recursive=True),
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            cxx_std=17,
+        )
+    ]
+)
