@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -71,13 +72,23 @@ class PlanError(InputError):
 
 
 class StorageError(ParamDeltaError, OSError):
-    """Reading or writing failed while the merge ran; nothing was published."""
+    """Reading or writing failed while the merge ran; nothing was published. ``errno`` is set where there is one."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])
 
 
 class NonFiniteError(ParamDeltaError, ArithmeticError):
-    """The merge finished, but results are NaN, infinite or overflowed; nothing was published."""
+    """The merge finished, but results are NaN, infinite or overflowed; nothing was published.
+
+    ``report`` is the MergeReport; its ``nonfinite`` lists every tensor concerned.
+    """
 
     exit_code = EXIT_NOT_PUBLISHED
+
+    def __init__(self, text: str, report: Any = None) -> None:
+        self.report = report
+        super().__init__(text)
 
 
 class BackendError(ParamDeltaError, RuntimeError):

@@ -1,0 +1,101 @@
+// A worker never hands its slot over: measured against pools joined by queues, that is the faster way, and depth comes
+// from more workers.
+#include "io/engine.hpp"
+
+#include <sys/mman.h>
+
+#include <chrono>
+#include <new>
+#include <stdexcept>
+
+namespace paramdelta::io {
+namespace {
+
+std::byte* map_slab(std::size_t bytes) {
+  void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<std::byte*>(memory);
+}
+
+}  // namespace
+
+void Engine::Unmapper::operator()(std::byte* memory) const { ::munmap(memory, bytes); }
+
+Engine::Engine(Work work, const std::vector<std::string>& inputs, std::vector<Target> outputs,
+               const std::vector<std::int64_t>& output_sizes, Options options)
+    : work_(std::move(work)),
+      outputs_(std::move(outputs)),
+      options_(options),
+      cursor_(work_, Slot::capacity(work_, options.slot_bytes)),
+      slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}),
+      counts_(work_.tensors) {
+  if (options_.threads < 1) throw std::invalid_argument("at least one thread is needed");
+  if (Slot::capacity(work_, options_.slot_bytes) < 4096 * static_cast<std::size_t>(work_.max_operands()))
+    throw std::invalid_argument("slots of " + std::to_string(options_.slot_bytes) + " bytes are too small");
+  std::vector<std::int64_t> input_sizes;
+  for (const std::string& path : inputs) {
+    inputs_.push_back(File::open_for_reading(path));
+    input_sizes.push_back(inputs_.back().size());
+  }
+  work_.validate(input_sizes, output_sizes);
+  slab_.reset(map_slab(slab_.get_deleter().bytes));
+}
+
+Engine::~Engine() {
+  stop();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Engine::start() {
+  if (!threads_.empty()) throw std::invalid_argument("an engine runs once");
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (int i = 0; i < options_.threads; ++i) {
+    threads_.emplace_back(&Engine::run, this, i);
+    ++running_;
+  }
+}
+
+void Engine::run(int worker) {
+  try {
+    Slot slot(work_, slab_.get() + static_cast<std::size_t>(worker) * options_.slot_bytes, options_.slot_bytes);
+    work_through(slot);
+  } catch (...) {
+    stopping_ = true;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_) error_ = std::current_exception();
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  --running_;
+  done_.notify_all();
+}
+
+void Engine::work_through(Slot& slot) {
+  while (!stopping_.load(std::memory_order_relaxed) && cursor_.next(slot.parts())) {
+    bytes_read_ += static_cast<std::int64_t>(slot.fill(inputs_, outputs_));
+    slot.compute([this](const Merge& job, std::int32_t tensor) {
+      const Counts counts = cpu::merge(options_.isa, job, cpu::Store::cached);
+      if (counts.nan + counts.inf + counts.overflow == 0) return;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      counts_[static_cast<std::size_t>(tensor)] += counts;
+    });
+    bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_));
+  }
+}
+
+bool Engine::wait_for(double seconds) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return done_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return running_ == 0; });
+}
+
+void Engine::stop() { stopping_ = true; }
+
+Progress Engine::progress() const { return {bytes_read_.load(), bytes_written_.load()}; }
+
+const std::vector<Counts>& Engine::finish() {
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  if (error_) std::rethrow_exception(error_);
+  return counts_;
+}
+
+}  // namespace paramdelta::io

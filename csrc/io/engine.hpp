@@ -1,0 +1,75 @@
+// The streaming engine: workers that each carry their slot through read, compute and write until no load is left.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/merge.hpp"
+#include "io/cursor.hpp"
+#include "io/slot.hpp"
+#include "io/work.hpp"
+
+namespace paramdelta::io {
+
+struct Options {
+  int threads = 1;
+  std::size_t slot_bytes = std::size_t{1} << 20;
+  cpu::Isa isa = cpu::Isa::scalar;
+};
+
+struct Progress {
+  std::int64_t bytes_read;
+  std::int64_t bytes_written;
+};
+
+// Memory: threads · slot_bytes, plus the columns of the work, whatever the size of the files. One run per engine.
+// start() returns at once; finish() joins the workers. No thread outlives the engine.
+class Engine {
+ public:
+  // Opens every file and checks the work against their sizes. Throws StorageError or std::invalid_argument. Output
+  // files must exist at their full size; memory of a target belongs to the caller and must outlive the run.
+  Engine(Work work, const std::vector<std::string>& inputs, std::vector<Target> outputs,
+         const std::vector<std::int64_t>& output_sizes, Options options);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  void start();
+  bool wait_for(double seconds);  // true when every worker is done
+  void stop();                    // workers end after the load they carry
+  Progress progress() const;
+  // Joins; throws the first error of a worker. Counts of NaN, Inf and overflow, one per tensor.
+  const std::vector<Counts>& finish();
+
+ private:
+  struct Unmapper {
+    std::size_t bytes;
+    void operator()(std::byte* memory) const;
+  };
+  void run(int worker);
+  void work_through(Slot& slot);
+
+  Work work_;
+  std::vector<File> inputs_;
+  std::vector<Target> outputs_;
+  const Options options_;
+  Cursor cursor_;
+  std::unique_ptr<std::byte, Unmapper> slab_;
+  std::vector<std::thread> threads_;
+  std::atomic<bool> stopping_{false};
+  std::atomic<std::int64_t> bytes_read_{0};
+  std::atomic<std::int64_t> bytes_written_{0};
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable done_;
+  int running_ = 0;
+  std::exception_ptr error_;
+  std::vector<Counts> counts_;
+};
+
+}  // namespace paramdelta::io

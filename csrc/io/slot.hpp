@@ -1,0 +1,69 @@
+// A slot: a fixed piece of memory that carries one load from read through compute to write.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "core/expression.hpp"
+#include "io/cursor.hpp"
+#include "io/file.hpp"
+
+namespace paramdelta::io {
+
+// Where output goes: a file, or memory of the caller's (`memory`, `bytes` long) that outlives the run.
+struct Target {
+  File file;
+  std::byte* memory = nullptr;
+};
+
+class Slot {
+ public:
+  // `memory` (`bytes` long, page-aligned) belongs to the caller and outlives the slot.
+  Slot(const Work& work, std::byte* memory, std::size_t bytes) : work_(work), memory_(memory), bytes_(bytes) {}
+
+  // Bytes of a slot that loads may use: the rest keeps the regions from lying at equal offsets within their pages.
+  static std::size_t capacity(const Work& work, std::size_t bytes);
+
+  std::vector<Part>& parts() { return parts_; }
+
+  // Lays the load out and reads its operands. Returns the bytes read.
+  std::size_t fill(const std::vector<File>& inputs, std::vector<Target>& outputs);
+  // Calls merge(const Merge&, std::int32_t tensor) for each part that has arithmetic.
+  template <class Function>
+  void compute(Function&& merge) {
+    for (std::size_t i = 0; i < parts_.size(); ++i) {
+      const Span& span = work_.spans[parts_[i].span];
+      if (!Work::is_copy(span)) merge(job(i), span.tensor);
+    }
+  }
+  // Writes the output extent. Returns its bytes.
+  std::size_t drain(std::vector<Target>& outputs) const;
+
+ private:
+  struct Read {
+    std::int32_t file;
+    std::int64_t offset;
+    std::size_t bytes;
+    std::byte* to;
+  };
+  void lay_out(std::vector<Target>& outputs);
+  void lay_out_operand(std::size_t k);
+  std::byte* place(const Location& at, std::size_t bytes);
+  void read_into(std::byte* to, const Location& from, std::size_t bytes);
+  std::int64_t out_offset() const;
+  Merge job(std::size_t part);
+
+  const Work& work_;
+  std::byte* const memory_;
+  const std::size_t bytes_;
+  std::byte* free_ = nullptr;
+  std::vector<Part> parts_;
+  std::vector<Read> reads_;
+  std::vector<std::byte*> where_;  // operand k of part i at [k · parts + i]; null for zeros
+  std::vector<std::byte*> outs_;   // output of part i
+  std::byte* out_ = nullptr;
+  std::size_t out_bytes_ = 0;
+  std::vector<Term> terms_;
+};
+
+}  // namespace paramdelta::io
