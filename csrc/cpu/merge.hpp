@@ -1,6 +1,7 @@
 // The CPU backend's entry: merge, decode, encode and norms over contiguous ranges, for each instruction set present.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -10,9 +11,15 @@ namespace paramdelta::cpu {
 
 enum class Isa : std::uint8_t { scalar, avx2, avx512 };
 
+// PARAMDELTA_ISA names an instruction set that this machine does not run.
+class UnavailableIsa : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 const char* name_of(Isa isa);
 std::vector<Isa> available_isas();  // those this machine runs, slowest first
-Isa best_isa();                     // the last of them, or what PARAMDELTA_ISA names
+Isa best_isa();                     // the last of them, or what PARAMDELTA_ISA names; throws UnavailableIsa
 
 // Where the output goes: `cached` leaves it in the cache (a slot that is written to a file next), `streamed` uses
 // non-temporal stores (a large array that nothing reads soon).

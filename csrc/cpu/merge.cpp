@@ -1,0 +1,76 @@
+// The entries of merge.hpp: the floating-point mode, terms that are none, the choice of loops.
+#include "cpu/merge.hpp"
+
+#include "cpu/float_mode.hpp"
+#include "cpu/parallel.hpp"
+#include "cpu/targets.hpp"
+
+namespace paramdelta::cpu {
+namespace {
+
+Counts merge_range(Isa isa, const Merge& job, Store store) {
+  switch (isa) {
+#if PARAMDELTA_X86
+    case Isa::avx512: return avx512::merge_range(job, store);
+    case Isa::avx2: return avx2::merge_range(job, store);
+#endif
+    default: return scalar::merge_range(job, store);
+  }
+}
+
+bool has_idle_term(const Merge& job) {
+  for (std::size_t t = 0; t < job.n_terms; ++t)
+    if (job.terms[t].alpha == 0.0) return true;
+  return false;
+}
+
+Operand advanced(Operand operand, std::size_t elements) {
+  if (operand.data != nullptr)
+    operand.data = static_cast<const unsigned char*>(operand.data) + elements * size_of(operand.dtype);
+  return operand;
+}
+
+// Elements [first, first + count) of `job`; `terms` must outlive the result.
+Merge part_of(const Merge& job, std::size_t first, std::size_t count, std::vector<Term>& terms) {
+  terms.assign(job.terms, job.terms + job.n_terms);
+  for (Term& term : terms) {
+    term.post = advanced(term.post, first);
+    term.base = advanced(term.base, first);
+  }
+  Merge part = job;
+  part.new_base = advanced(job.new_base, first);
+  part.terms = terms.data();
+  part.out = static_cast<unsigned char*>(job.out) + first * size_of(job.out_dtype);
+  part.count = count;
+  return part;
+}
+
+}  // namespace
+
+Counts merge(Isa isa, const Merge& job, Store store) {
+  if (job.count == 0) return {};
+  const DefaultFloatMode mode;
+  if (!has_idle_term(job)) return merge_range(isa, job, store);
+  // A term with alpha == 0 is no term at all: not even 0 · Inf of it is.
+  std::vector<Term> terms;
+  for (std::size_t t = 0; t < job.n_terms; ++t)
+    if (job.terms[t].alpha != 0.0) terms.push_back(job.terms[t]);
+  Merge rest = job;
+  rest.terms = terms.data();
+  rest.n_terms = terms.size();
+  return merge_range(isa, rest, store);
+}
+
+Counts merge_parallel(Isa isa, const Merge& job, Store store, int threads) {
+  if (pieces_for(job.count, threads) <= 1) return merge(isa, job, store);
+  std::vector<Counts> counts(static_cast<std::size_t>(threads));
+  for_each_piece(job.count, threads, [&](std::size_t worker, std::size_t first, std::size_t count) {
+    std::vector<Term> terms;
+    counts[worker] += merge(isa, part_of(job, first, count, terms), store);
+  });
+  Counts total;
+  for (const Counts& each : counts) total += each;
+  return total;
+}
+
+}  // namespace paramdelta::cpu

@@ -1,0 +1,67 @@
+// Threads for one call: started by it, gone when it returns. None are kept, so a fork or an import meets none.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace paramdelta::cpu {
+
+// Cuts fall on multiples of this many elements: the leaves of the norms, and whole cache lines of every type.
+inline constexpr std::size_t kCut = 4096;
+// The least that is worth another piece: starting a thread takes as long as some 50,000 elements.
+inline constexpr std::size_t kLeastPiece = 32 * kCut;
+// Pieces are dealt out one after the other, several to a thread, so that a thread on a busy core takes fewer.
+inline constexpr std::size_t kPiecesPerThread = 8;
+
+inline std::size_t piece_size(std::size_t count, int threads) {
+  const std::size_t pieces = static_cast<std::size_t>(threads < 1 ? 1 : threads) * kPiecesPerThread;
+  const std::size_t size = (count / pieces + kCut) / kCut * kCut;
+  return size < kLeastPiece ? kLeastPiece : size;
+}
+
+inline std::size_t pieces_for(std::size_t count, int threads) {
+  if (threads <= 1) return 1;
+  const std::size_t size = piece_size(count, threads);
+  return (count + size - 1) / size;
+}
+
+// Calls work(worker, first, count) for pieces that together cover [0, count), on at most `threads` threads, of which
+// the caller is worker 0. The first exception of any of them is thrown here, after all have ended.
+template <class Work>
+void for_each_piece(std::size_t count, int threads, const Work& work) {
+  const std::size_t size = piece_size(count, threads);
+  const std::size_t pieces = pieces_for(count, threads);
+  std::atomic<std::size_t> next{0};
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  const auto run = [&](std::size_t worker) {
+    try {
+      for (std::size_t piece = next.fetch_add(1); piece < pieces; piece = next.fetch_add(1)) {
+        const std::size_t first = piece * size;
+        work(worker, first, count - first < size ? count - first : size);
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(failure_mutex);
+      if (!failure) failure = std::current_exception();
+    }
+  };
+  std::vector<std::thread> helpers;
+  helpers.reserve(static_cast<std::size_t>(threads));
+  for (std::size_t worker = 1; worker < static_cast<std::size_t>(threads) && worker < pieces; ++worker) {
+    try {
+      helpers.emplace_back(run, worker);
+    } catch (const std::system_error&) {
+      break;  // no more threads to be had: those that run do the rest
+    }
+  }
+  run(0);
+  for (std::thread& helper : helpers) helper.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace paramdelta::cpu

@@ -1,0 +1,33 @@
+// What each instruction set's translation unit provides: the loops of merge-inl.hpp, compiled for that set.
+#pragma once
+
+#include "core/expression.hpp"
+#include "cpu/merge.hpp"
+
+#if defined(__x86_64__)
+#define PARAMDELTA_X86 1
+#else
+#define PARAMDELTA_X86 0
+#endif
+
+// The numbers by which the -inl files choose, where plain loops are not enough.
+#define PARAMDELTA_SCALAR 0
+#define PARAMDELTA_AVX2 1
+#define PARAMDELTA_AVX512 2
+
+namespace paramdelta::cpu {
+
+// Terms with alpha == 0 are gone, and the floating-point mode is set.
+namespace scalar {
+Counts merge_range(const Merge& job, Store store);
+}
+#if PARAMDELTA_X86
+namespace avx2 {
+Counts merge_range(const Merge& job, Store store);
+}
+namespace avx512 {
+Counts merge_range(const Merge& job, Store store);
+}
+#endif
+
+}  // namespace paramdelta::cpu

@@ -1,0 +1,110 @@
+// Loops over one tile: decode to binary64, add a term, encode. Included once per instruction set, inside its target
+// region and namespace, by merge-inl.hpp. Plain loops, which the compiler vectorises; intrinsics only where it cannot.
+//
+// Every loop takes a multiple of kStep elements, so none has a remainder; merge-inl.hpp pads the last tile of a range.
+
+// Reads that need no alignment and may alias anything.
+typedef std::uint8_t Code8 __attribute__((aligned(1), may_alias));
+typedef std::uint16_t Code16 __attribute__((aligned(1), may_alias));
+typedef std::uint32_t Code32 __attribute__((aligned(1), may_alias));
+typedef std::uint64_t Code64 __attribute__((aligned(1), may_alias));
+
+template <std::size_t>
+struct CodeOf;
+template <>
+struct CodeOf<1> {
+  using type = Code8;
+};
+template <>
+struct CodeOf<2> {
+  using type = Code16;
+};
+template <>
+struct CodeOf<4> {
+  using type = Code32;
+};
+template <>
+struct CodeOf<8> {
+  using type = Code64;
+};
+template <DType D>
+using Code = typename CodeOf<sizeof(typename Format<D>::Code)>::type;
+
+// A stored code as binary32, without branches; for the types that binary32 holds.
+template <DType D>
+inline float widen(std::uint32_t code) {
+  using F = Format<D>;
+  if constexpr (D == DType::f32) {
+    return bits_as<float>(code);
+  } else if constexpr (D == DType::bf16) {
+    return bits_as<float>(code << 16);
+  } else {
+    // The exponent field is moved to binary32's place and rebiased by an exact product, which also turns the format's
+    // subnormals into normal numbers.
+    const std::uint32_t sign = (code & F::sign) << (32 - F::width);
+    const std::uint32_t magnitude = code & (F::sign - 1);
+    const float rebias = bits_as<float>(static_cast<std::uint32_t>(127 + 127 - F::bias) << 23);
+    const float value = bits_as<float>(magnitude << (23 - F::mantissa)) * rebias;
+    const std::uint32_t special = magnitude > F::largest ? (F::has_inf ? 0x7F800000u : 0x7FC00000u) : 0u;
+    return bits_as<float>(bits_as<std::uint32_t>(value) | special | sign);
+  }
+}
+
+template <DType D>
+inline void decode_tile(const void* source, double* out, std::size_t n) {
+  const Code<D>* in = static_cast<const Code<D>*>(source);
+  for (std::size_t i = 0; i < n; ++i) {
+    if constexpr (D == DType::f64)
+      out[i] = bits_as<double>(static_cast<std::uint64_t>(in[i]));
+    else
+      out[i] = static_cast<double>(widen<D>(in[i]));
+  }
+}
+
+// acc += alpha · (post − base), product and sum rounded separately. A zero delta becomes −0, the one number whose
+// addition changes nothing, not even the sign of −0.
+inline void add_term_tile(const double* post, const double* base, double alpha, double* acc, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const double delta = post[i] - base[i];
+    const double product = alpha * delta;
+    acc[i] = acc[i] + (delta == 0.0 ? -0.0 : product);
+  }
+}
+
+// One rounding to the format's precision by integers, where the result is finite. In the normal range the carry of
+// `+ half` runs into the exponent as it should. Below it, adding 2^(emin − mantissa + 52) aligns binary64's last place
+// with the format's quantum, so that the addition itself rounds; the sum's low bits are the code.
+template <DType D>
+inline std::uint64_t narrow(double x) {
+  using F = Format<D>;
+  constexpr int shift = 52 - F::mantissa;
+  constexpr std::uint64_t half = (std::uint64_t{1} << (shift - 1)) - 1;
+  constexpr std::uint64_t rebias = static_cast<std::uint64_t>(1023 - F::bias) << F::mantissa;
+  constexpr std::uint64_t align = static_cast<std::uint64_t>(1023 + F::emin - F::mantissa + 52) << 52;
+  const std::uint64_t bits = bits_as<std::uint64_t>(x);
+  const std::uint64_t magnitude = bits & ~(std::uint64_t{1} << 63);
+  const std::uint64_t normal = ((magnitude + half + ((magnitude >> shift) & 1)) >> shift) - rebias;
+  const std::uint64_t subnormal = bits_as<std::uint64_t>(bits_as<double>(magnitude) + bits_as<double>(align)) - align;
+  const std::uint64_t smallest = static_cast<std::uint64_t>(1023 + F::emin) << 52;
+  return (magnitude < smallest ? subnormal : normal) | ((bits >> 63) << (F::width - 1));
+}
+
+// Returns whether something in the tile needs the literal path: NaN, Inf, or (for every format) |x| ≥ limit. The output
+// is then meaningless.
+template <DType D>
+inline bool encode_tile(const double* in, void* target, std::size_t n) {
+  constexpr double limit = Format<D>::limit;
+  Code<D>* out = static_cast<Code<D>*>(target);
+  std::uint64_t special = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const double x = in[i];
+    special |= bits_as<double>(bits_as<std::uint64_t>(x) & ~(std::uint64_t{1} << 63)) < limit ? 0u : 1u;
+    if constexpr (D == DType::f64)
+      out[i] = bits_as<std::uint64_t>(x);
+    else if constexpr (D == DType::f32)
+      out[i] = bits_as<std::uint32_t>(static_cast<float>(x));
+    else
+      out[i] = static_cast<typename Format<D>::Code>(narrow<D>(x));
+  }
+  return special != 0;
+}
