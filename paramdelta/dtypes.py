@@ -32,6 +32,13 @@ class DType:
             raise ValueError(f"{self.name} elements are {self.bits} bits: they have no whole number of bytes")
         return self.bits // 8
 
+    @property
+    def torch(self) -> str | None:
+        """The attribute of the torch module that is this dtype, or None where torch has none."""
+        if self.name == "bool":
+            return "bool"
+        return self.numpy
+
     def to_numpy(self) -> np.dtype[Any]:
         """Return the NumPy dtype (from ml_dtypes where NumPy has none)."""
         import numpy as np

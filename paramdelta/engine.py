@@ -181,7 +181,7 @@ def start(
         outputs=[os.fsencode(out) if isinstance(out, Path) else out for out in outputs],
         threads=threads,
         slot_bytes=slot_bytes,
-        isa=options.isa or "",
+        isa=options.isa,
     )
     return RunningWork(engine, threads, slot_bytes, options.isa or _cpu.best_isa())
 

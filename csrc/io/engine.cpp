@@ -26,18 +26,19 @@ Engine::Engine(Work work, const std::vector<std::string>& inputs, std::vector<Ta
     : work_(std::move(work)),
       outputs_(std::move(outputs)),
       options_(options),
-      cursor_(work_, Slot::capacity(work_, options.slot_bytes)),
       slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}),
       counts_(work_.tensors) {
   if (options_.threads < 1) throw std::invalid_argument("at least one thread is needed");
-  if (Slot::capacity(work_, options_.slot_bytes) < 4096 * static_cast<std::size_t>(work_.max_operands()))
-    throw std::invalid_argument("slots of " + std::to_string(options_.slot_bytes) + " bytes are too small");
   std::vector<std::int64_t> input_sizes;
   for (const std::string& path : inputs) {
     inputs_.push_back(File::open_for_reading(path));
     input_sizes.push_back(inputs_.back().size());
   }
   work_.validate(input_sizes, output_sizes);
+  const std::size_t capacity = Slot::capacity(work_, options_.slot_bytes);
+  if (capacity < 4096 * static_cast<std::size_t>(work_.max_operands()))
+    throw std::invalid_argument("slots of " + std::to_string(options_.slot_bytes) + " bytes are too small");
+  cursor_.emplace(work_, capacity);
   slab_.reset(map_slab(slab_.get_deleter().bytes));
 }
 
@@ -70,7 +71,7 @@ void Engine::run(int worker) {
 }
 
 void Engine::work_through(Slot& slot) {
-  while (!stopping_.load(std::memory_order_relaxed) && cursor_.next(slot.parts())) {
+  while (!stopping_.load(std::memory_order_relaxed) && cursor_->next(slot.parts())) {
     bytes_read_ += static_cast<std::int64_t>(slot.fill(inputs_, outputs_));
     slot.compute([this](const Merge& job, std::int32_t tensor) {
       const Counts counts = cpu::merge(options_.isa, job, cpu::Store::cached);

@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -59,7 +60,7 @@ class Engine {
   std::vector<File> inputs_;
   std::vector<Target> outputs_;
   const Options options_;
-  Cursor cursor_;
+  std::optional<Cursor> cursor_;
   std::unique_ptr<std::byte, Unmapper> slab_;
   std::vector<std::thread> threads_;
   std::atomic<bool> stopping_{false};

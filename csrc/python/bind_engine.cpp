@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 
 #include "core/error.hpp"
 #include "io/engine.hpp"
+#include "python/bind.hpp"
 
 namespace py = pybind11;
 
@@ -32,7 +34,7 @@ struct BoundEngine {
 
 std::unique_ptr<BoundEngine> make_engine(const py::buffer& spans, const py::buffer& terms, std::size_t tensors,
                                          const std::vector<py::bytes>& inputs, const py::list& outputs, int threads,
-                                         std::size_t slot_bytes, const std::string& isa) {
+                                         std::size_t slot_bytes, const std::optional<std::string>& isa) {
   auto bound = std::make_unique<BoundEngine>();
   std::vector<io::Target> targets;
   std::vector<std::int64_t> sizes;
@@ -54,7 +56,7 @@ std::unique_ptr<BoundEngine> make_engine(const py::buffer& spans, const py::buff
   io::Options options;
   options.threads = threads;
   options.slot_bytes = slot_bytes;
-  options.isa = isa.empty() ? cpu::best_isa() : cpu::isa_named(isa);
+  options.isa = isa_of(isa);
   bound->engine = std::make_unique<io::Engine>(
       io::Work{rows_of<io::Span>(spans, "spans"), rows_of<io::TermRef>(terms, "terms"), tensors},
       std::vector<std::string>(inputs.begin(), inputs.end()), std::move(targets), sizes, options);
@@ -89,7 +91,7 @@ void bind_engine(py::module_& module) {
   module.attr("TERM_BYTES") = sizeof(io::TermRef);
   py::class_<BoundEngine>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("spans"), py::arg("terms"), py::arg("tensors"),
-           py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa") = "")
+           py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
       .def("start", [](BoundEngine& self) { self.engine->start(); })
       .def("stop", [](BoundEngine& self) { self.engine->stop(); })
       .def("wait_for", [](BoundEngine& self, double seconds) { return self.engine->wait_for(seconds); },

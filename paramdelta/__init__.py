@@ -1,0 +1,73 @@
+"""Carry post-training over to another base: ``new_base + alpha · (post − base)`` over whole LLM checkpoints.
+
+``merge`` writes a checkpoint folder, ``stream`` yields merged tensors without writing, ``ops`` merges arrays and
+tensors in memory, ``reference`` states the arithmetic in NumPy. Importing this package imports none of them, and
+nothing in it imports torch until a torch tensor is passed in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from paramdelta.errors import (
+    CheckpointError,
+    Complaint,
+    InputError,
+    NonFiniteError,
+    OperandError,
+    OperandTypeError,
+    ParamDeltaError,
+    PlanError,
+    StorageError,
+)
+
+if TYPE_CHECKING:
+    from paramdelta import ops, reference
+    from paramdelta.merging import merge
+    from paramdelta.report import MergeReport
+    from paramdelta.streaming import stream
+    from paramdelta.verification import verify
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "merge": "paramdelta.merging",
+    "stream": "paramdelta.streaming",
+    "verify": "paramdelta.verification",
+    "MergeReport": "paramdelta.report",
+    "ops": "",
+    "reference": "",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Complaint",
+    "InputError",
+    "MergeReport",
+    "NonFiniteError",
+    "OperandError",
+    "OperandTypeError",
+    "ParamDeltaError",
+    "PlanError",
+    "StorageError",
+    "__version__",
+    "merge",
+    "ops",
+    "reference",
+    "stream",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'paramdelta' has no attribute {name!r}")
+    value = importlib.import_module(f"paramdelta.{name}") if not module else getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,73 @@
+"""The command line: one function per command, each a thin layer over the Python function of the same name. Nothing
+heavy is imported until a command runs, so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from paramdelta.errors import EXIT_FAILED, InputError, ParamDeltaError
+
+EXIT_INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    from paramdelta.cli.commands import cli
+
+    signal.signal(signal.SIGTERM, _terminate)
+    as_json = "--json" in sys.argv[1:]
+    try:
+        code = cli.main(prog_name="paramdelta", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published, the temporary folder is removed", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except ParamDeltaError as error:
+        report_error(error, as_json=as_json)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+def report_error(error: ParamDeltaError, *, as_json: bool) -> None:
+    """Print an error: lines on standard error, or a JSON document on standard output."""
+    from paramdelta.cli import render
+
+    if as_json:
+        print(json.dumps(error_document(error), indent=2))
+    else:
+        render.print_error(error)
+
+
+def error_document(error: ParamDeltaError) -> dict[str, Any]:
+    """Return an error as the JSON document described in docs/json.md."""
+    from paramdelta.report import JSON_VERSION
+
+    complaints = (
+        [{"subject": c.subject, "problem": c.problem, "remedy": c.remedy} for c in error.complaints]
+        if isinstance(error, InputError)
+        else [{"subject": "", "problem": str(error), "remedy": ""}]
+    )
+    return {
+        "version": JSON_VERSION,
+        "kind": "error",
+        "error": type(error).__name__,
+        "exit_code": error.exit_code,
+        "complaints": complaints,
+    }
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    """SIGTERM ends like Ctrl-C: workers stop, the temporary folder goes away."""
+    raise KeyboardInterrupt

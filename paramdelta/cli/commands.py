@@ -1,0 +1,143 @@
+"""The commands. Each collects its options, calls the Python function of the same name, and shows what came back."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paramdelta.cli import options
+
+_EXAMPLES = """
+\b
+Examples
+  paramdelta merge --post Llama-3-8B-Instruct --base Llama-3-8B \\
+                   --new-base Llama-3.1-8B --out merged
+  paramdelta merge ... --alpha 0.7 --alpha 'lm_head*=0'
+  paramdelta plan ...      the same, but only say what would happen
+\b
+Exit codes
+  0 done    1 failed while running    2 bad input, nothing written
+  3 finished, but NaN, Inf or overflow in the result: not published
+"""
+
+
+class _Lazy(click.Group):
+    """Shows commands in the order of a session, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EXAMPLES,
+)
+@click.version_option(package_name="paramdelta", prog_name="paramdelta")
+def cli() -> None:
+    """Carry post-training over to another base: new_base + alpha * (post - base), over whole checkpoints.
+
+    Give it three folders as transformers writes them (safetensors); it writes the fourth, bit-exact, as fast as the
+    storage goes.
+    """
+
+
+@cli.command()
+@options.inputs(required=True)
+@click.option("--out", required=True, type=options.FOLDER, metavar="DIR", help="The folder to write.")
+@options.policies
+@options.machine
+@click.option("--allow-nonfinite", is_flag=True, help="Publish even with NaN, Inf or overflow in the result.")
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
+@options.output
+def merge(as_json: bool, quiet: bool, threads: int | None, memory: str | None, isa: str | None, **request: Any) -> None:
+    """Merge three checkpoints into a fourth."""
+    from paramdelta import merging
+    from paramdelta.cli import present, render
+
+    run_options = present.engine_options(threads, memory, isa)
+    plan = merging.prepare(present.request_of(request))
+    if not as_json:
+        render.print_warnings(plan.warnings)
+    total = plan.bytes_read + plan.bytes_written
+    with render.progress(total, quiet=quiet or as_json) as on_progress:
+        report = merging.run_merge(plan, options=run_options, on_progress=on_progress)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        present.merge_report(report)
+
+
+@cli.command()
+@options.inputs(required=True)
+@click.option("--out", type=options.FOLDER, metavar="DIR", help="The folder that would be written.")
+@options.policies
+@click.option("--overwrite", is_flag=True, help="Plan to replace the output folder.")
+@options.output
+def plan(as_json: bool, quiet: bool, **request: Any) -> None:
+    """Say what a merge would do: tensors, bytes, files, policies, and a lower bound of its time. Writes nothing."""
+    from paramdelta import merging
+    from paramdelta.cli import present, render
+
+    made = merging.prepare(present.request_of(request))
+    if as_json:
+        click.echo(json.dumps(made.describe(), indent=2))
+        return
+    render.print_warnings(made.warnings)
+    if not quiet:
+        present.plan(made)
+
+
+@cli.command()
+@click.argument("folder", type=options.FOLDER, metavar="DIR")
+@options.output
+def inspect(folder: str, as_json: bool, quiet: bool) -> None:
+    """Show what a checkpoint folder holds, from its headers and configs alone."""
+    from paramdelta.checkpoint import describe, open_checkpoint
+    from paramdelta.cli import present
+
+    description = describe(open_checkpoint(folder))
+    if as_json:
+        click.echo(json.dumps(description, indent=2))
+    elif not quiet:
+        present.checkpoint(description)
+
+
+@cli.command()
+@click.argument("out", type=options.FOLDER, metavar="OUT")
+@options.inputs(required=True)
+@click.option("--all", "everything", is_flag=True, help="Recompute every element instead of a sample of each tensor.")
+@options.output
+def verify(out: str, post: str, base: str, new_base: str, everything: bool, as_json: bool, quiet: bool) -> None:
+    """Check a merged folder against its sources: files, names and types, and the values, recomputed by the reference
+    in NumPy and read through the safetensors library."""
+    from paramdelta.cli import present
+    from paramdelta.verification import verify as run_verify
+
+    report = run_verify(out, post=post, base=base, new_base=new_base, everything=everything)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        present.verify_report(report)
+    if report.problems:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("folder", type=options.FOLDER, metavar="DIR", default="paramdelta-demo")
+@click.option("--overwrite", is_flag=True, help="Replace the folder of an earlier demo.")
+@options.output
+def demo(folder: str, overwrite: bool, as_json: bool, quiet: bool) -> None:
+    """Write three small Llama-shaped checkpoints into DIR, merge them, verify the result and show it."""
+    from paramdelta.cli import present
+
+    shows = importlib.import_module("paramdelta.cli.tour")
+    outcome = shows.run_demo(Path(folder), overwrite=overwrite, quiet=quiet or as_json)
+    if as_json:
+        click.echo(json.dumps(outcome, indent=2))
+    elif not quiet:
+        present.demo_end(Path(folder))

@@ -1,0 +1,129 @@
+"""Options that several commands share, spelled once. A request for a merge is the same for ``merge``, ``plan`` and
+Python's ``paramdelta.merge``: each option here is one keyword there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FOLDER = click.Path(file_okay=True, dir_okay=True, path_type=str)
+
+
+def _apply(function: F, options: list[Callable[[F], F]]) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def inputs(*, required: bool) -> Callable[[F], F]:
+    """Add ``--post``, ``--base`` and ``--new-base``."""
+
+    def wrap(function: F) -> F:
+        return _apply(
+            function,
+            [
+                click.option(
+                    "--post", required=required, type=FOLDER, metavar="DIR", help="The post-trained model."
+                ),
+                click.option(
+                    "--base", required=required, type=FOLDER, metavar="DIR", help="The base it was trained from."
+                ),
+                click.option(
+                    "--new-base",
+                    required=required,
+                    type=FOLDER,
+                    metavar="DIR",
+                    help="The base that is to get the post-training.",
+                ),
+            ],
+        )
+
+    return wrap
+
+
+def policies(function: F) -> F:
+    """Add the options that decide what the output holds."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--alpha",
+                "alphas",
+                multiple=True,
+                metavar="A | GLOB=A",
+                help="Scale of the delta (default 1); GLOB=A for the tensors whose names match, the last match wins.",
+            ),
+            click.option(
+                "--dtype",
+                metavar="T",
+                help="Write every float tensor as T: bf16, f16, f32, f64, f8_e4m3, f8_e5m2. Default: as in new_base.",
+            ),
+            click.option("--include", multiple=True, metavar="GLOB", help="Merge only tensors that match."),
+            click.option(
+                "--exclude",
+                multiple=True,
+                metavar="GLOB",
+                help="Copy tensors that match from new_base.",
+            ),
+            click.option(
+                "--copy-from",
+                type=click.Choice(["error", "new-base", "post"]),
+                default="error",
+                show_default=True,
+                help="Where tensors come from that cannot be paired in all three.",
+            ),
+            *(
+                click.option(
+                    f"--rename-{role}",
+                    multiple=True,
+                    metavar="REGEX=REPL",
+                    help=f"Rename tensors of {role} before pairing (re.sub).",
+                )
+                for role in ("post", "base", "new-base")
+            ),
+            click.option(
+                "--vocab",
+                type=click.Choice(["error", "extend"]),
+                default="error",
+                show_default=True,
+                help="Where vocabularies differ in size: an error, or as many rows as the larger of post and new_base.",
+            ),
+            click.option(
+                "--max-shard-size",
+                metavar="SIZE",
+                help="Split the output anew, e.g. 5GB. Default: the files of new_base.",
+            ),
+            click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers."),
+        ],
+    )
+
+
+def machine(function: F) -> F:
+    """Add the options that say how much of the machine a run may use."""
+    return _apply(
+        function,
+        [
+            click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Workers (default: all allowed)."),
+            click.option("--memory", metavar="SIZE", help="Memory for buffers, e.g. 256MiB (default: 1 MiB a worker)."),
+            click.option(
+                "--isa",
+                type=click.Choice(["scalar", "avx2", "avx512"]),
+                help="Instruction set (default: the best here; same bytes).",
+            ),
+        ],
+    )
+
+
+def output(function: F) -> F:
+    """Add ``--json`` and ``--quiet``, which every command that writes or reports has."""
+    return _apply(
+        function,
+        [
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document (docs/json.md) instead."),
+            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
+        ],
+    )

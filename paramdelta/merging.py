@@ -1,0 +1,168 @@
+"""The high-level merge: three folders in, the fourth out. Opens, plans, checks, runs the engine, publishes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paramdelta import engine
+from paramdelta.errors import Complaint, InputError, NonFiniteError, StorageError, shown
+from paramdelta.publish import Staging, write_files
+from paramdelta.report import MergeReport, NonFinite
+
+if TYPE_CHECKING:
+    from paramdelta.plan import MergeRequest, Plan
+
+# A merge that fills the last byte of a file system leaves no room for its own metadata.
+_SPARE_BYTES = 16 << 20
+
+
+def merge(
+    *,
+    post: str | Path,
+    base: str | Path,
+    new_base: str | Path,
+    out: str | Path,
+    threads: int | None = None,
+    memory: int | None = None,
+    isa: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    **policies: Any,
+) -> MergeReport:
+    """Write ``new_base + alpha · (post − base)`` as a checkpoint folder.
+
+    Every tensor is computed as in :mod:`paramdelta.reference`: differences, products and sums in binary64, one
+    rounding to the output type. The folder appears whole or not at all.
+
+    Parameters
+    ----------
+    post, base, new_base : folders of safetensors checkpoints (one file, or shards with an index)
+    out : the folder to write; must not exist unless ``overwrite``
+    threads, memory, isa : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
+    on_progress : called with (bytes read, bytes written) about ten times a second
+    **policies : the fields of :class:`paramdelta.plan.MergeRequest`: ``alpha``, ``include``, ``exclude``,
+        ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``dtype``,
+        ``max_shard_size``, ``allow_unscaled``, ``allow_nonfinite``, ``overwrite``
+
+    Returns
+    -------
+    MergeReport
+
+    Raises
+    ------
+    InputError
+        The inputs or the request do not fit together. Carries every complaint; nothing was written.
+    NonFiniteError
+        Results are NaN, infinite or overflowed and ``allow_nonfinite`` was not given. Nothing was published;
+        ``report`` lists the tensors.
+    StorageError
+        Reading or writing failed. Nothing was published.
+
+    Notes
+    -----
+    The sum is ParamΔ (arXiv 2504.21023) and fine-tuning transfer (arXiv 2503.20110).
+    """
+    from paramdelta.plan import MergeRequest
+
+    request = MergeRequest.build(post=post, base=base, new_base=new_base, out=out, **policies)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa)
+    return run_merge(prepare(request), options=options, on_progress=on_progress)
+
+
+def prepare(request: MergeRequest) -> Plan:
+    """Open the three folders and plan the merge; raise InputError with every complaint there is."""
+    from paramdelta.plan import make_plan, open_all
+
+    return make_plan(request, *open_all(request))
+
+
+def data_warnings(plan: Plan) -> tuple[str, ...]:
+    """Return the warnings that need a look at data: the operand order by a sample, integer tensors that differ."""
+    from paramdelta.plan import order
+
+    return order.data_warnings(plan)
+
+
+def run_merge(
+    plan: Plan,
+    *,
+    options: engine.EngineOptions = engine.EngineOptions(),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Carry out a plan and publish its folder. Raises what :func:`merge` raises while running."""
+    started = time.perf_counter()
+    request = plan.request
+    if request.out is None:
+        raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
+    _check_space(plan, request.out.parent)
+    with Staging(request.out) as staging:
+        write_files(staging.folder, plan.written_files())
+        outputs = engine.create_outputs(plan.work, staging.folder)
+        result = engine.run(
+            plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress
+        )
+        nonfinite = _nonfinite(plan, result)
+        publishable = not nonfinite or request.allow_nonfinite
+        if publishable:
+            staging.publish(overwrite=request.overwrite)
+    report = MergeReport(
+        out=request.out if publishable else None,
+        parameters=plan.parameters,
+        tensors=len(plan.names),
+        files=len(plan.work.outputs),
+        bytes_read=result.bytes_read,
+        bytes_written=result.bytes_written,
+        seconds=time.perf_counter() - started,
+        engine_seconds=result.seconds,
+        threads=result.threads,
+        slot_bytes=result.slot_bytes,
+        isa=result.isa,
+        policies=plan.policies,
+        warnings=plan.warnings,
+        nonfinite=nonfinite,
+    )
+    if not publishable:
+        raise NonFiniteError(_nonfinite_text(nonfinite), report)
+    return report
+
+
+def _check_space(plan: Plan, folder: Path) -> None:
+    needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(f"{folder}: the output needs {needed:,} bytes, but only {free:,} are free")
+
+
+def _nonfinite(plan: Plan, result: engine.RunResult) -> tuple[NonFinite, ...]:
+    return tuple(
+        NonFinite(
+            tensor=plan.names[c.tensor],
+            dtype=plan.dtype_of(c.tensor).name,
+            elements=plan.elements_of(c.tensor),
+            nan=c.nan,
+            inf=c.inf,
+            overflow=c.overflow,
+        )
+        for c in result.counts
+    )
+
+
+def _nonfinite_text(rows: tuple[NonFinite, ...]) -> str:
+    lines = [
+        f"  {shown(r.tensor)} ({r.dtype}, {r.elements:,} elements): "
+        + ", ".join(
+            f"{n:,} {what}" for n, what in ((r.nan, "NaN"), (r.inf, "Inf"), (r.overflow, "overflow")) if n
+        )
+        for r in rows
+    ]
+    return "\n".join(
+        [
+            f"{len(rows)} tensor{'s have' if len(rows) != 1 else ' has'} results that are not finite; "
+            "nothing was published:",
+            *lines,
+            "    → look at these tensors in the inputs; --allow-nonfinite publishes the folder as it is",
+        ]
+    )

@@ -1,0 +1,63 @@
+"""What a merge did, for people and for programs. ``to_dict`` is the ``--json`` of the command line; its schema is in
+docs/json.md and its ``version`` rises when a field changes its meaning or goes away."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+JSON_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFinite:
+    """One output tensor with results that are NaN, infinite or beyond its type's range, and how many of each."""
+
+    tensor: str
+    dtype: str
+    elements: int
+    nan: int
+    inf: int
+    overflow: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """The outcome of one merge.
+
+    ``out`` is the folder (None for a merge that was not published). Bytes count tensor data as read and written by
+    the engine. ``seconds`` is the whole call, ``engine_seconds`` the part that moved data. ``policies`` is the plan's
+    summary of what happened to which tensors; ``warnings`` are lines a person should read.
+    """
+
+    out: Path | None
+    parameters: int
+    tensors: int
+    files: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    engine_seconds: float
+    threads: int
+    slot_bytes: int
+    isa: str
+    policies: dict[str, Any]
+    warnings: tuple[str, ...]
+    nonfinite: tuple[NonFinite, ...]
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Tensor data read and written, in 10⁹ bytes per second of engine time."""
+        return (self.bytes_read + self.bytes_written) / 1e9 / max(self.engine_seconds, 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        fields = asdict(self)
+        fields["out"] = None if self.out is None else str(self.out)
+        return {
+            "version": JSON_VERSION,
+            "kind": "merge",
+            **fields,
+            "gigabytes_per_second": round(self.gigabytes_per_second, 3),
+        }

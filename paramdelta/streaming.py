@@ -1,0 +1,174 @@
+"""Merged tensors without an output folder: the same plan and engine as a merge, writing into the tensors' own memory.
+While the caller uses one batch of tensors, the engine fills the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from paramdelta import engine
+from paramdelta.errors import NonFiniteError, OperandError, shown
+from paramdelta.merging import prepare
+from paramdelta.plan.work import Work
+
+if TYPE_CHECKING:
+    from paramdelta.plan import Plan
+
+BATCH_BYTES = 128 << 20
+
+
+def stream(
+    post: str | Path,
+    base: str | Path,
+    new_base: str | Path,
+    *,
+    framework: Literal["np", "pt"] = "np",
+    threads: int | None = None,
+    memory: int | None = None,
+    isa: str | None = None,
+    batch_bytes: int = BATCH_BYTES,
+    **policies: Any,
+) -> Iterator[tuple[str, Any]]:
+    """Yield ``(name, new_base + alpha · (post − base))`` for every tensor, in the order of the output's files.
+
+    The values are those :func:`paramdelta.merge` would write. Each tensor owns its memory and may be kept or dropped;
+    at most two batches of ``batch_bytes`` (or one tensor larger than that) are held besides.
+
+    Parameters
+    ----------
+    post, base, new_base : checkpoint folders
+    framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch CPU tensors
+    threads, memory, isa : see :class:`paramdelta.engine.EngineOptions`
+    **policies : as in :func:`paramdelta.merge`, except ``overwrite``
+
+    Raises
+    ------
+    InputError, StorageError : as :func:`paramdelta.merge`, the first at once, before a tensor is yielded
+    NonFiniteError : as soon as a batch has NaN, Inf or overflow, unless ``allow_nonfinite``
+    """
+    from paramdelta.plan import MergeRequest
+
+    if framework not in ("np", "pt"):
+        raise OperandError(f"framework: expected 'np' or 'pt', got {framework!r}")
+    request = MergeRequest.build(post=post, base=base, new_base=new_base, out=None, **policies)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa)
+    return _batches(prepare(request), framework, options, batch_bytes)
+
+
+def _batches(
+    plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int
+) -> Iterator[tuple[str, Any]]:
+    ahead: _Batch | None = None
+    groups = _grouped(plan, batch_bytes)
+    try:
+        first = next(groups, None)
+        ahead = None if first is None else _Batch(plan, first, framework, options)
+        while ahead is not None:
+            ready, following = ahead, next(groups, None)
+            tensors = ready.finish()
+            ahead = None if following is None else _Batch(plan, following, framework, options)
+            yield from tensors
+    finally:
+        if ahead is not None:
+            ahead.abandon()
+
+
+def _grouped(plan: Plan, batch_bytes: int) -> Iterator[range]:
+    """Cut the tensors, in output order, into runs of about ``batch_bytes``."""
+    start, size = 0, 0
+    for tensor in range(len(plan.names)):
+        nbytes = plan.nbytes_of(tensor)
+        if tensor > start and size + nbytes > batch_bytes:
+            yield range(start, tensor)
+            start, size = tensor, 0
+        size += nbytes
+    if start < len(plan.names):
+        yield range(start, len(plan.names))
+
+
+class _Batch:
+    """Consecutive tensors that the engine is filling."""
+
+    def __init__(self, plan: Plan, tensors: range, framework: str, options: engine.EngineOptions) -> None:
+        self._plan, self._tensors = plan, tensors
+        allocate = _allocate_torch if framework == "pt" else _allocate_numpy
+        pairs = [allocate(plan, tensor) for tensor in tensors]
+        self._values = [value for value, _ in pairs]
+        work = _into_memory(plan.work, tensors, [memory.nbytes for _, memory in pairs])
+        self._run = engine.start(
+            work, [memory for _, memory in pairs], tensors=len(plan.names), options=options
+        )
+
+    def finish(self) -> list[tuple[str, Any]]:
+        try:
+            while not self._run.wait_for(engine.WAKE_SECONDS):
+                pass
+        except BaseException:
+            self._run.abandon()
+            raise
+        counts = self._run.finish().counts
+        if counts and not self._plan.request.allow_nonfinite:
+            rows = ", ".join(
+                f"{shown(self._plan.names[c.tensor])} ({c.nan} NaN, {c.inf} Inf, {c.overflow} overflow)"
+                for c in counts
+            )
+            raise NonFiniteError(f"results that are not finite: {rows} (allow_nonfinite=True lets them pass)")
+        return list(zip((self._plan.names[t] for t in self._tensors), self._values, strict=True))
+
+    def abandon(self) -> None:
+        self._run.abandon()
+
+
+def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
+    """Return the part of ``work`` that makes ``tensors``, each an output of its own that starts at byte 0, and only
+    the input files it needs."""
+    chosen = (work.spans["tensor"] >= tensors.start) & (work.spans["tensor"] < tensors.stop)
+    spans = work.spans[chosen].copy()
+    first = np.full(len(tensors), np.iinfo(np.int64).max, np.int64)
+    local = spans["tensor"] - tensors.start
+    np.minimum.at(first, local, spans["out_offset"])
+    spans["out_file"] = local
+    spans["out_offset"] -= first[local]
+    terms = work.terms.copy()
+    used = np.zeros(len(work.inputs), bool)
+    term_rows = np.concatenate(
+        [np.arange(f, f + n) for f, n in zip(spans["first_term"], spans["n_terms"], strict=True)]
+        or [np.arange(0)]
+    )
+    for column in (spans["new_file"], terms["post_file"][term_rows], terms["base_file"][term_rows]):
+        used[column[column >= 0]] = True
+    number = np.where(used, np.cumsum(used) - 1, -1)
+    for column in (spans["new_file"], terms["post_file"], terms["base_file"]):
+        column[:] = np.where(column >= 0, number[column], -1)
+    return Work(
+        inputs=tuple(path for path, keep in zip(work.inputs, used, strict=True) if keep),
+        outputs=tuple(("", size) for size in sizes),
+        headers=(),
+        spans=spans,
+        terms=terms,
+    )
+
+
+def _allocate_numpy(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]:
+    dtype, shape = plan.dtype_of(tensor), plan.shape_of(tensor)
+    if dtype.numpy is None:  # types narrower than a byte: their packed bytes
+        raw = np.empty(plan.nbytes_of(tensor), np.uint8)
+        return raw, raw
+    value = np.empty(shape, dtype.to_numpy())
+    return value, value.reshape(-1).view(np.uint8)
+
+
+def _allocate_torch(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]:
+    import torch
+
+    dtype, shape = plan.dtype_of(tensor), plan.shape_of(tensor)
+    torch_dtype = getattr(torch, dtype.torch, None) if dtype.torch else None
+    if torch_dtype is None:
+        raise OperandError(
+            f"{shown(plan.names[tensor])}: this torch has no {dtype.name} tensors; framework='np' yields it"
+        )
+    value = torch.empty(shape, dtype=torch_dtype)
+    return value, value.reshape(-1).view(torch.uint8).numpy()

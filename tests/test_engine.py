@@ -1,0 +1,276 @@
+"""The streaming engine on work made by hand: every layout of spans must come out as the reference computes it, for any
+number of threads and any slot size, and what fails must fail with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paramdelta import _cpu, dtypes, engine, reference
+from paramdelta.errors import OperandError, StorageError
+from paramdelta.plan.work import SPAN, TERM, Work
+
+RNG = np.random.default_rng(7)
+
+
+class WorkBuilder:
+    """Lays tensors out in input files and output files, and remembers what must come out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.inputs: list[bytearray] = []
+        self.outputs: list[bytearray] = []
+        self.spans: list[tuple[object, ...]] = []
+        self.terms: list[tuple[object, ...]] = []
+        self.tensors = 0
+
+    def store(self, file: int, dtype: dtypes.DType, count: int) -> tuple[int, int, np.ndarray]:
+        """Append random finite elements to an input file; return (file, offset, codes)."""
+        while len(self.inputs) <= file:
+            self.inputs.append(bytearray(RNG.bytes(int(RNG.integers(1, 30)))))
+        values = RNG.standard_normal(count)
+        codes, _ = reference.encode(values, dtype)
+        offset = len(self.inputs[file])
+        self.inputs[file] += codes.tobytes()
+        return file, offset, codes
+
+    def add(
+        self,
+        out_file: int,
+        out: dtypes.DType,
+        count: int,
+        terms: list[tuple[dtypes.DType, dtypes.DType | None, float]],
+        new: dtypes.DType | None = None,
+    ) -> None:
+        """Append a tensor with the given (post, base, alpha) terms; a dtype of None is an operand of zeros."""
+        while len(self.outputs) <= out_file:
+            self.outputs.append(bytearray(b"header"))
+        new_file, new_offset, new_codes = self.store(0, new, count) if new else (-1, 0, None)
+        first = len(self.terms)
+        reference_terms = []
+        for post, base, alpha in terms:
+            post_file, post_offset, post_codes = self.store(1, post, count)
+            base_file, base_offset, base_codes = self.store(2, base, count) if base else (-1, 0, None)
+            base = base or post
+            self.terms.append(
+                (alpha, post_offset, base_offset, post_file, base_file, post.code, base.code, b"")
+            )
+            reference_terms.append(
+                reference.Term(
+                    reference.Array(post_codes, post), reference.Array(base_codes, base), alpha
+                )
+            )
+        new = new or out
+        merged = reference.merge(reference.Array(new_codes, new), reference_terms, out, count)
+        expected = self.outputs[out_file]
+        self.spans.append(
+            (
+                len(expected),
+                count,
+                new_offset,
+                self.tensors,
+                out_file,
+                new_file,
+                first,
+                len(terms),
+                out.code,
+                new.code,
+                b"",
+            )
+        )
+        expected += merged.codes.tobytes()
+        self.tensors += 1
+
+    def copy(self, out_file: int, count: int) -> None:
+        """Append bytes that are carried over."""
+        while len(self.outputs) <= out_file:
+            self.outputs.append(bytearray(b"header"))
+        if not self.inputs:
+            self.inputs.append(bytearray())
+        data, offset = RNG.bytes(count), len(self.inputs[0])
+        self.inputs[0] += data
+        u8 = dtypes.BY_NAME["u8"].code
+        self.spans.append(
+            (len(self.outputs[out_file]), count, offset, self.tensors, out_file, 0, 0, 0, u8, u8, b"")
+        )
+        self.outputs[out_file] += data
+        self.tensors += 1
+
+    def build(self) -> Work:
+        paths = []
+        for i, data in enumerate(self.inputs):
+            path = self.folder / f"in{i}"
+            path.write_bytes(data)
+            paths.append(path)
+        return Work(
+            inputs=tuple(paths),
+            outputs=tuple((f"out{i}", len(o)) for i, o in enumerate(self.outputs)),
+            headers=tuple(b"header" for _ in self.outputs),
+            spans=np.array(self.spans, SPAN),
+            terms=np.array(self.terms, TERM),
+        )
+
+
+def sample(folder: Path) -> WorkBuilder:
+    """Two output files with large, small, empty, copied, mixed and zero-extended tensors."""
+    bf16, f16, f32, f64, e4m3, e5m2 = dtypes.MERGE_DTYPES
+    work = WorkBuilder(folder)
+    work.add(0, bf16, 300_001, [(bf16, bf16, 1.0)], bf16)
+    for count in range(40):
+        work.add(0, bf16, count, [(bf16, bf16, 1.0)], bf16)
+    work.copy(0, 77_777)
+    for _ in range(3):
+        work.copy(0, 3)
+    work.add(0, f32, 5_000, [(bf16, f16, 0.7), (e4m3, e5m2, -1.5)], f64)
+    work.add(0, bf16, 9_999, [(bf16, None, 1.0)], None)
+    work.add(0, bf16, 777, [(bf16, bf16, 1.0)], None)
+    work.add(1, f16, 100_000, [(f16, f16, 1.0)], f16)
+    work.add(1, e4m3, 12_345, [(e4m3, e4m3, 0.5)], e4m3)
+    work.add(1, bf16, 50_000, [], f32)
+    work.add(1, f32, 70_000, [(f32, f32, 1.0)], f32)
+    return work
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("memory", [None, 1 << 17, 700_000], ids=["default", "smallest", "odd"])
+def test_files_come_out_as_the_reference(tmp_path: Path, threads: int, memory: int | None) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    out = tmp_path / "out"
+    out.mkdir()
+    paths = engine.create_outputs(work, out)
+    seen: list[tuple[int, int]] = []
+    options = engine.EngineOptions(threads=threads, memory=memory)
+    result = engine.run(
+        work, paths, tensors=builder.tensors, options=options, on_progress=lambda *at: seen.append(at)
+    )
+    for i, expected in enumerate(builder.outputs):
+        assert (out / f"out{i}").read_bytes() == bytes(expected), f"output file {i}"
+    assert result.counts == ()
+    assert result.bytes_written == sum(map(len, builder.outputs)) - len("header") * 2
+    assert seen[-1] == (result.bytes_read, result.bytes_written)
+    assert result.threads * result.slot_bytes <= (memory or threads * engine.SLOT_BYTES)
+
+
+def test_memory_is_an_output_like_a_file(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    arrays = [np.zeros(size, np.uint8) for _, size in work.outputs]
+    engine.run(work, arrays, tensors=builder.tensors)
+    for array, expected in zip(arrays, builder.outputs, strict=True):
+        assert array[6:].tobytes() == bytes(expected[6:])
+
+
+def test_counts_are_reported_per_tensor(tmp_path: Path) -> None:
+    f16 = dtypes.F16
+    work = WorkBuilder(tmp_path)
+    work.add(0, f16, 100, [(f16, f16, 1.0)], f16)
+    work.add(0, f16, 2_000_000, [(f16, f16, 1.0)], f16)
+    largest = np.float16(65504).view(np.uint16)
+    for i, at in ((0, 5), (0, 1_999_999)):
+        row = work.spans[1]
+        for file, offset in ((0, row[2]), (1, work.terms[1][1])):
+            begin = offset + 2 * at
+            work.inputs[file][begin : begin + 2] = largest.tobytes()
+        assert i == 0
+    result = engine.run(
+        work.build(), [np.zeros(len(work.outputs[0]), np.uint8)], tensors=2, options=engine.EngineOptions()
+    )
+    assert [(c.tensor, c.nan, c.inf, c.overflow) for c in result.counts] == [(1, 0, 0, 2)]
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    arrays = [np.zeros(size, np.uint8) for _, size in work.outputs]
+    run = engine.start(work, arrays, tensors=builder.tensors, options=engine.EngineOptions(threads=1))
+    run.finish()
+    (tmp_path / "in1").write_bytes(b"short")
+    with pytest.raises(ValueError, match="reaches beyond the end of its file"):
+        engine.run(work, arrays, tensors=builder.tensors)
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    (tmp_path / "in2").unlink()
+    with pytest.raises(StorageError, match=r"in2: opening failed: No such file") as caught:
+        engine.run(work, [np.zeros(s, np.uint8) for _, s in work.outputs], tensors=builder.tensors)
+    assert caught.value.errno == 2
+
+
+def test_a_write_that_fails_is_named(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises((StorageError, ValueError)):
+        engine.run(work, [full, full], tensors=builder.tensors)
+
+
+def test_what_progress_raises_stops_the_run(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+
+    def interrupt(read: int, written: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(
+            work,
+            [np.zeros(s, np.uint8) for _, s in work.outputs],
+            tensors=builder.tensors,
+            on_progress=interrupt,
+        )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("tensor", 10_000, "tensor number"),
+        ("out_file", 9, "output file number"),
+        ("new_file", 9, "input file number"),
+        ("out_dtype", 250, "dtype code"),
+        ("new_dtype", 9, "dtype code"),
+        ("count", -1, "does not fit its output file"),
+        ("count", 2**62, "does not fit its output file"),
+        ("out_offset", -8, "does not fit its output file"),
+        ("out_offset", 2**62, "does not fit its output file"),
+        ("new_offset", 2**62, "beyond the end of its file"),
+        ("n_terms", 10_000, "terms out of range"),
+        ("first_term", -1, "terms out of range"),
+    ],
+)
+def test_work_that_points_nowhere_is_refused(
+    tmp_path: Path, column: str, value: int, message: str
+) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    work.spans[column][0] = value
+    with pytest.raises(ValueError, match=message):
+        engine.run(work, [np.zeros(s, np.uint8) for _, s in work.outputs], tensors=builder.tensors)
+
+
+def test_spans_out_of_order_are_refused(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    work.spans[[0, 1]] = work.spans[[1, 0]]
+    with pytest.raises(ValueError, match="out of order"):
+        engine.run(work, [np.zeros(s, np.uint8) for _, s in work.outputs], tensors=builder.tensors)
+
+
+@pytest.mark.parametrize("field", ["threads", "memory"])
+def test_options_are_checked(field: str) -> None:
+    with pytest.raises(OperandError, match=field):
+        engine.EngineOptions(**{field: 0})
+
+
+def test_small_memory_means_fewer_threads() -> None:
+    assert engine.EngineOptions(threads=8, memory=3 << 17).resolve() == (3, 1 << 17)
+
+
+def test_columns_have_the_layout_of_the_extension() -> None:
+    assert (SPAN.itemsize, TERM.itemsize) == (_cpu.SPAN_BYTES, _cpu.TERM_BYTES)
