@@ -98,7 +98,8 @@ def decode(codes: Codes, dtype: DType) -> Values:
     normal = field > 0
     significand = fraction + np.where(normal, np.int64(1) << form.mantissa, 0)
     exponent = np.where(normal, field - 1, 0) + form.emin - form.mantissa
-    value = np.ldexp(significand.astype(np.float64), exponent)
+    with np.errstate(over="ignore"):  # f64's codes of Inf and NaN, put right below
+        value = np.ldexp(significand.astype(np.float64), exponent)
     value = np.where(magnitude > form.largest, np.nan, value)
     if form.inf is not None:
         value = np.where(magnitude == form.inf, np.inf, value)

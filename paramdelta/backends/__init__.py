@@ -50,6 +50,15 @@ class Counts(NamedTuple):
         return not any(self)
 
 
+class Norms(NamedTuple):
+    """‖post − base‖², ‖new_base − base‖², ⟨post − base, new_base − base⟩ and max |post − base|."""
+
+    delta_squared: float
+    drift_squared: float
+    inner: float
+    largest_delta: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend supports.
@@ -76,6 +85,9 @@ class Backend(Protocol):
 
     def merge(self, new_base: Operand, terms: Sequence[Term], out: Operand, count: int, *, threads: int) -> Counts:
         """Write encode(new_base + Σ alpha · (post − base)) to ``out``, for ``count`` elements."""
+
+    def norms(self, post: Operand, base: Operand, new_base: Operand, count: int, *, threads: int) -> Norms:
+        """Return the norms of ``count`` elements, which are the whole tensor, as ``ops.norms`` defines them."""
 
 
 def names() -> tuple[str, ...]:
