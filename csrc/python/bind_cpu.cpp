@@ -1,0 +1,12 @@
+// The module paramdelta._cpu: only its parts are listed here, each bound in a file of its own.
+#include <pybind11/pybind11.h>
+
+#include "python/bind.hpp"
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "The C++ side of paramdelta. Private: use paramdelta.ops, or paramdelta.backends.cpu.";
+  paramdelta::bind_ops(module);
+#if PARAMDELTA_HAS_ENGINE
+  paramdelta::bind_engine(module);
+#endif
+}

@@ -1,0 +1,68 @@
+"""The CPU backend: the extension ``paramdelta._cpu``, built for several instruction sets, chosen when it first runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+from paramdelta.backends import Capabilities, Counts, Operand, Term
+from paramdelta.dtypes import MERGE_DTYPES
+
+# Outputs from this size on bypass the cache: with its three inputs, a merge of this size has left the last-level cache
+# of a core's share long before it ends, and ordinary stores would first read every line that they replace.
+STREAMED_FROM_BYTES = 8 << 20
+
+
+def why_not() -> str | None:
+    """Return None where the extension loads, else the reason and the way out."""
+    try:
+        _extension()
+    except ImportError as error:
+        return f"the extension paramdelta._cpu does not load ({error}); build it with: pip install -e ."
+    return None
+
+
+def capabilities() -> Capabilities:
+    """Return what this backend supports: CPU memory, every dtype with arithmetic, the instruction sets present."""
+    return Capabilities(
+        devices=("cpu",),
+        inputs=MERGE_DTYPES,
+        outputs=MERGE_DTYPES,
+        variants=tuple(_extension().available_isas()),
+        norms=False,
+    )
+
+
+def merge(
+    new_base: Operand,
+    terms: Sequence[Term],
+    out: Operand,
+    count: int,
+    *,
+    threads: int,
+    isa: str | None = None,
+    streamed: bool | None = None,
+) -> Counts:
+    """Write encode(new_base + Σ alpha · (post − base)) to ``out``, for ``count`` elements.
+
+    ``isa`` names one of ``capabilities().variants``; None takes the best, or what PARAMDELTA_ISA names. ``streamed``
+    says whether the output bypasses the cache; None decides by its size. Neither changes a bit of the result.
+    """
+    if streamed is None:
+        streamed = count * out.dtype.itemsize >= STREAMED_FROM_BYTES
+    return Counts(
+        *_extension().merge(
+            new_base=(new_base.address, new_base.dtype.code),
+            terms=[(t.post.address, t.post.dtype.code, t.base.address, t.base.dtype.code, t.alpha) for t in terms],
+            out=(out.address, out.dtype.code),
+            count=count,
+            streamed=streamed,
+            threads=threads,
+            isa=isa,
+        )
+    )
+
+
+def _extension() -> ModuleType:
+    return importlib.import_module("paramdelta._cpu")

@@ -1,0 +1,217 @@
+"""Delta arithmetic on arrays: merge, decode, encode and norms for NumPy arrays (ml_dtypes included) and torch tensors.
+
+Every result is defined by binary64 arithmetic and one rounding (see ``paramdelta.reference``), so its bits depend on
+the operands alone: not on the instruction set, the number of threads, or the process's floating-point mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from paramdelta import backends
+from paramdelta.backends import Counts, Norms
+from paramdelta.backends.threads import default_threads
+from paramdelta.dtypes import F32, F64
+from paramdelta.errors import OperandError
+from paramdelta.tensors import Tensor, allocate, parse_dtype, read_operand, read_out, same_shape
+
+__all__ = ["Counts", "Encoded", "Merged", "Norms", "decode", "encode", "merge", "merge_deltas", "norms"]
+
+
+class Merged(NamedTuple):
+    """A merge's output, what to know of it, and the norms of each delta in order (empty where not asked for)."""
+
+    out: Any
+    counts: Counts
+    norms: tuple[Norms, ...]
+
+
+class Encoded(NamedTuple):
+    """Encoded elements, and how many are NaN, infinite, or overflowed."""
+
+    out: Any
+    counts: Counts
+
+
+def merge(
+    post: Any,
+    base: Any,
+    new_base: Any,
+    *,
+    alpha: float = 1.0,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+    norms: bool = False,
+) -> Merged:
+    """Compute ``out = new_base + alpha · (post − base)``, rounded once.
+
+    The delta, its product with alpha and the sum are binary64 operations, each rounded to nearest even; the result is
+    rounded once to the output's type. Where post and base are bit-equal the delta is zero, NaN and Inf included, and
+    an element of new_base that no delta touches keeps its own bits.
+
+    Parameters
+    ----------
+    post, base, new_base : numpy.ndarray or torch.Tensor
+        Equal shapes; any strides. Dtypes bf16, f16, f32, f64, f8_e4m3 (``float8_e4m3fn``) and f8_e5m2, in any mix.
+        Tensors must be on the CPU and need no gradient.
+    alpha : float
+        A finite factor. 0 means that there is no delta at all.
+    out : numpy.ndarray or torch.Tensor, optional
+        Where to write: writable, new_base's shape, any strides. May be exactly one of the operands, never a part.
+    dtype : DType, str, numpy.dtype or torch.dtype, optional
+        The output's type; ``out``'s, or else new_base's, by default.
+    threads : int, optional
+        By default as many as affinity, cgroup quota and ``LOCAL_WORLD_SIZE`` allow.
+    norms : bool
+        Whether to compute ``norms(post, base, new_base)`` too.
+
+    Returns
+    -------
+    Merged
+        ``out`` (a new array of new_base's kind unless given), ``counts`` of NaN, infinite and overflowed elements,
+        ``norms`` (of the one delta, where asked for).
+
+    Raises
+    ------
+    OperandError
+        Shapes differ, alpha is not finite, ``out`` is read-only or overlaps an operand in part.
+    OperandTypeError
+        An operand is no array, or its dtype has no arithmetic here.
+
+    Notes
+    -----
+    Source: ParamΔ for Direct Weight Mixing, arXiv 2504.21023 (alpha = 1).
+    """
+    return _merge(new_base, (("post", post, "base", base, alpha),), out, dtype, threads, norms)
+
+
+def merge_deltas(
+    new_base: Any,
+    deltas: Sequence[tuple[Any, ...]],
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+    norms: bool = False,
+) -> Merged:
+    """Compute ``out = new_base + Σ_k alpha_k · (post_k − base_k)``, rounded once.
+
+    ``deltas`` is a sequence of ``(post, base)`` or ``(post, base, alpha)``, added in this order in binary64; an empty
+    one makes this a conversion of ``new_base``. All else is as for :func:`merge`. ``Merged.norms`` has one entry per
+    delta. Source: ParamΔ, arXiv 2504.21023, and its mixtures of several deltas.
+    """
+    named = []
+    for k, delta in enumerate(deltas):
+        if not isinstance(delta, (tuple, list)) or len(delta) not in (2, 3):
+            raise OperandError(f"deltas[{k}]: expected (post, base) or (post, base, alpha), got {type(delta).__name__}"
+                               + (f" of {len(delta)}" if isinstance(delta, (tuple, list)) else ""))
+        alpha = delta[2] if len(delta) == 3 else 1.0
+        named.append((f"deltas[{k}].post", delta[0], f"deltas[{k}].base", delta[1], alpha))
+    return _merge(new_base, named, out, dtype, threads, norms)
+
+
+def decode(x: Any, *, out: Any = None, dtype: Any = F64, threads: int | None = None) -> Any:
+    """Return ``out = value of x`` in f64 or f32.
+
+    ``x`` has any dtype with arithmetic; ``dtype`` is f64 (always exact) or f32 (exact except for f64 operands, which
+    are rounded once). Shapes, ``out``, ``threads`` and errors are as for :func:`merge`. NaNs come out canonical.
+    """
+    wanted = parse_dtype("dtype", dtype)
+    if wanted not in (F64, F32):
+        raise OperandError(f"dtype: decode gives f64 or f32, not {wanted}; use encode for other types")
+    return _merge(x, (), out, wanted, threads, False, "x").out
+
+
+def encode(x: Any, dtype: Any, *, out: Any = None, threads: int | None = None) -> Encoded:
+    """Return ``out = x rounded once to dtype``, to nearest even, and the counts.
+
+    ``x`` has any dtype with arithmetic, and so has the result. Overflow gives Inf, or ±448 in f8_e4m3, which has none;
+    NaN comes out canonical, unless ``x`` has ``dtype`` already and is copied. Shapes, ``out``, ``threads`` and errors
+    are as for :func:`merge`. (Casts of torch and ml_dtypes round f64 twice: 1 + 2^-8 + 2^-30 is 1 there in bf16, and
+    1.0078125 here.)
+    """
+    merged = _merge(x, (), out, parse_dtype("dtype", dtype), threads, False, "x")
+    return Encoded(merged.out, merged.counts)
+
+
+def norms(post: Any, base: Any, new_base: Any, *, threads: int | None = None) -> Norms:
+    """Return ``‖post − base‖²``, ``‖new_base − base‖²``, ``⟨post − base, new_base − base⟩`` and ``max |post − base|``.
+
+    The sums are defined by a fixed order, so that their bits depend on the operands alone. Operands are rounded to
+    binary32 (exact except for f64) and subtracted in binary32. A leaf is 4096 consecutive elements, in row-major order
+    from the tensor's start, zero-padded. Within it, lane l of 256 adds the products of elements l, l + 256, … in order,
+    product and sum each rounded to binary32. Lanes are converted to binary64 and added in halves, 128 + 128 down to
+    one. The result is the correctly rounded sum of all leaves. A NaN difference makes the sums it enters NaN, and the
+    maximum. Operands, ``threads`` and errors are as for :func:`merge`.
+    """
+    operands = [read_operand(name, x) for name, x in (("post", post), ("base", base), ("new_base", new_base))]
+    same_shape(operands)
+    return _norms(operands, _threads(threads))
+
+
+def _merge(
+    new_base: Any,
+    deltas: Sequence[tuple[str, Any, str, Any, Any]],
+    out: Any,
+    dtype: Any,
+    threads: int | None,
+    norms: bool,
+    new_name: str = "new_base",
+) -> Merged:
+    new = read_operand(new_name, new_base)
+    pairs: list[tuple[Tensor, Tensor, float]] = []
+    for post_name, post, base_name, base, alpha in deltas:
+        pairs.append((read_operand(post_name, post), read_operand(base_name, base), _finite(alpha)))
+    operands = [new, *(t for post, base, _ in pairs for t in (post, base))]
+    same_shape(operands)
+    wanted = None if dtype is None else parse_dtype("dtype", dtype)
+    count = _threads(threads)
+    if out is None:
+        target, result = allocate(new, wanted or new.dtype)
+    else:
+        target, result = read_out(out, operands, wanted), out
+
+    # SAFETY: operands and target hold references to the arrays until this function returns; none is resized meanwhile.
+    sources = {id(t): t.contiguous() for t in operands}
+    found = []
+    if norms:  # before the merge, whose output may take the place of an operand
+        found = [_norms([sources[id(t)] for t in (post, base, new)], count) for post, base, _ in pairs]
+    dense = target.contiguous_target()
+    counts = backends.get("cpu").merge(
+        sources[id(new)].operand(),
+        [backends.Term(sources[id(p)].operand(), sources[id(b)].operand(), alpha) for p, b, alpha in pairs],
+        dense.operand(),
+        dense.codes.size,
+        threads=count,
+    )
+    if dense is not target:
+        target.codes[...] = dense.codes
+    return Merged(result, counts, tuple(found))
+
+
+def _norms(operands: Sequence[Tensor], threads: int) -> Norms:
+    post, base, new = (t.contiguous() for t in operands)
+    return backends.get("cpu").norms(
+        post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads
+    )
+
+
+def _finite(alpha: Any) -> float:
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError):
+        raise OperandError(f"alpha: expected a finite number, got {alpha!r}") from None
+    if not math.isfinite(value):
+        raise OperandError(f"alpha: expected a finite number, got {value}")
+    return value
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return default_threads()
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise OperandError(f"threads: expected a whole number from 1 on, or None for all, got {threads!r}")
+    return threads

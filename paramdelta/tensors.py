@@ -1,0 +1,189 @@
+"""Arrays at the edge: NumPy arrays and torch tensors as strided views of their stored bits, checked once.
+
+A tensor's bits are seen through ``Tensor.numpy()``, which shares its memory, so that everything behind this module
+knows NumPy alone. torch is imported here only by those who pass a tensor, and have imported it themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paramdelta.backends import Operand
+from paramdelta.dtypes import BY_NAME, BY_SAFETENSORS, DTYPES, MERGE_DTYPES, DType, from_numpy
+from paramdelta.errors import OperandError, OperandTypeError, shown
+
+_SUPPORTED = ", ".join(d.name for d in MERGE_DTYPES)
+# Deciding whether two strided views share an element can take exponentially long: beyond this, they count as sharing.
+_OVERLAP_WORK = 100_000
+_TooHard: type[Exception] = getattr(np, "exceptions", np).TooHardError  # NumPy 1.24 has it at the top
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """An array seen as its stored codes: ``name`` for messages, ``kind`` is ``numpy`` or ``torch``."""
+
+    name: str
+    codes: NDArray[Any]
+    dtype: DType
+    kind: str
+
+    def operand(self) -> Operand:
+        """Return the address of the first element. SAFETY: valid while this object, or the array it views, lives."""
+        return Operand(self.codes.__array_interface__["data"][0], self.dtype)
+
+    def contiguous(self) -> Tensor:
+        """Return this tensor, or a copy of it in row-major order."""
+        if self.codes.flags.c_contiguous:
+            return self
+        return Tensor(self.name, np.ascontiguousarray(self.codes), self.dtype, self.kind)
+
+    def contiguous_target(self) -> Tensor:
+        """Return this tensor, or new memory in row-major order for what will be copied to it."""
+        if self.codes.flags.c_contiguous:
+            return self
+        return Tensor(self.name, np.empty(self.codes.shape, self.codes.dtype), self.dtype, self.kind)
+
+
+def read_operand(name: str, x: Any) -> Tensor:
+    """Return ``x`` as stored codes; raise OperandTypeError or OperandError, naming it, where it is none of ours."""
+    if isinstance(x, np.ndarray):
+        return _read_numpy(name, x)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return _read_torch(name, x, torch)
+    raise OperandTypeError(
+        f"{name}: expected a numpy.ndarray or a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}; "
+        "convert it with numpy.asarray first"
+    )
+
+
+def read_out(out: Any, operands: Sequence[Tensor], dtype: DType | None) -> Tensor:
+    """Return ``out`` as stored codes, checked against the operands that are read while it is written."""
+    target = read_operand("out", out)
+    if not target.codes.flags.writeable:
+        raise OperandError("out: expected writable memory, got a read-only array; pass a copy")
+    first = operands[0]
+    if target.codes.shape != first.codes.shape:
+        raise OperandError(
+            f"out: expected the shape of {first.name}, {first.codes.shape}, got {target.codes.shape}"
+        )
+    if dtype is not None and target.dtype != dtype:
+        raise OperandError(f"out: expected dtype {dtype}, got {target.dtype}; leave dtype out, or change one of the two")
+    if _overlaps_itself(target.codes):
+        raise OperandError("out: expected distinct elements, got a view whose elements share memory; pass a copy")
+    for operand in operands:
+        if _overlap_in_part(target.codes, operand.codes):
+            raise OperandError(
+                f"out: overlaps {operand.name} in part; pass exactly the same elements, or memory apart from it"
+            )
+    return target
+
+
+def allocate(like: Tensor, dtype: DType) -> tuple[Tensor, Any]:
+    """Return new memory of ``like``'s shape and kind as stored codes, and as the array that the user gets."""
+    if like.kind == "torch":
+        torch = sys.modules["torch"]
+        result = torch.empty(like.codes.shape, dtype=getattr(torch, str(dtype.numpy)))
+    else:
+        result = np.empty(like.codes.shape, dtype.to_numpy())
+    return read_operand("out", result), result
+
+
+def same_shape(operands: Sequence[Tensor]) -> None:
+    """Raise OperandError unless all shapes are equal."""
+    first = operands[0]
+    for other in operands[1:]:
+        if other.codes.shape != first.codes.shape:
+            shapes = ", ".join(f"{t.name} {t.codes.shape}" for t in operands)
+            raise OperandError(
+                f"{other.name}: expected the shape of {first.name}, {first.codes.shape}, got {other.codes.shape} "
+                f"(all: {shapes}); nothing is broadcast, slice or pad the operands first"
+            )
+
+
+def parse_dtype(name: str, dtype: Any) -> DType:
+    """Return the DType that ``dtype`` (a DType, its name, a NumPy or torch dtype) means; ``name`` is for messages."""
+    found: DType | None = None
+    torch = sys.modules.get("torch")
+    if isinstance(dtype, DType):
+        found = dtype
+    elif isinstance(dtype, str) and (dtype in BY_NAME or dtype in BY_SAFETENSORS):
+        found = BY_NAME.get(dtype) or BY_SAFETENSORS[dtype]
+    elif torch is not None and isinstance(dtype, torch.dtype):
+        found = next((d for d in DTYPES if f"torch.{d.numpy}" == str(dtype)), None)
+    else:
+        try:
+            found = from_numpy(dtype)
+        except TypeError:
+            found = None
+    if found is None or not found.merges:
+        raise OperandTypeError(f"{name}: expected one of {_SUPPORTED}, got {shown(found or dtype)}")
+    return found
+
+
+def _read_numpy(name: str, x: NDArray[Any]) -> Tensor:
+    if isinstance(x, np.ma.MaskedArray):
+        raise OperandTypeError(f"{name}: is a masked array, whose mask would be lost; pass x.filled(...)")
+    dtype = from_numpy(x.dtype)
+    if dtype is None or not dtype.merges:
+        raise OperandTypeError(f"{name}: expected one of {_SUPPORTED}, got dtype {x.dtype}")
+    if not x.dtype.isnative:
+        raise OperandTypeError(f"{name}: has the other byte order; pass x.astype(x.dtype.newbyteorder('='))")
+    return Tensor(name, np.asarray(x).view(f"u{dtype.itemsize}"), dtype, "numpy")
+
+
+def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
+    if x.device.type != "cpu":
+        raise OperandError(f"{name}: is on {x.device}, but only CPU tensors are supported; pass {name}.cpu()")
+    if x.layout != torch.strided:
+        raise OperandTypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}; pass {name}.to_dense()")
+    if x.requires_grad:
+        raise OperandError(f"{name}: requires grad, and no gradient passes here; pass {name}.detach()")
+    dtype = next((d for d in MERGE_DTYPES if f"torch.{d.numpy}" == str(x.dtype)), None)
+    if dtype is None:
+        raise OperandTypeError(f"{name}: expected one of {_SUPPORTED}, got dtype {x.dtype}")
+    if x.is_neg():
+        raise OperandError(f"{name}: is a lazily negated view; pass {name}.resolve_neg()")
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    try:
+        codes = x.view(integers[dtype.itemsize]).numpy()
+    except (RuntimeError, TypeError) as error:
+        raise OperandTypeError(
+            f"{name}: its memory cannot be read ({type(x).__qualname__}: {shown(error)}); pass a plain dense tensor"
+        ) from error
+    return Tensor(name, codes.view(f"u{dtype.itemsize}"), dtype, "torch")
+
+
+def _same_elements(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.itemsize == b.itemsize
+        and a.shape == b.shape
+        and all(s == t for s, t, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
+    )
+
+
+def _overlap_in_part(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    if not np.may_share_memory(a, b) or _same_elements(a, b):
+        return False
+    try:
+        return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))
+    except _TooHard:
+        return True
+
+
+def _overlaps_itself(a: NDArray[Any]) -> bool:
+    # Sorted by stride, each axis must step over all that the shorter steps cover. (Stricter than need be, for views
+    # that interleave; nobody has those.)
+    reach = a.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if stride < reach:
+            return a.size > 0
+        reach += stride * (n - 1)
+    return False
