@@ -1,9 +1,8 @@
 """Builds paramdelta._cpu, the C++ extension: one build serves every instruction set (chosen at run time)."""
 
-import os
 from glob import glob
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 # -ffp-contract=off: a fused multiply-add rounds once where the contract rounds twice.
@@ -19,20 +18,19 @@ FLAGS = [
     "-Wextra",
 ]
 
-ParallelCompile("PARAMDELTA_BUILD_JOBS", default=0, needs_recompile=naive_recompile).install()
+# Files compile side by side; a change of any source or header rebuilds them all (`depends` below).
+ParallelCompile("PARAMDELTA_BUILD_JOBS", default=0).install()
 
 # The parts of the module in csrc/python, by name: bind_cuda.cpp beside them belongs to another module.
 PARTS = [f"csrc/python/bind_{part}.cpp" for part in ("cpu", "ops", "engine")]
-HAS_ENGINE = os.path.exists("csrc/python/bind_engine.cpp")
 
 setup(
     ext_modules=[
         Pybind11Extension(
             "paramdelta._cpu",
-            sorted(glob("csrc/cpu/*.cpp") + glob("csrc/io/*.cpp") + [p for p in PARTS if os.path.exists(p)]),
+            sorted(glob("csrc/cpu/*.cpp") + glob("csrc/io/*.cpp") + PARTS),
             include_dirs=["csrc"],
             depends=glob("csrc/**/*.hpp", recursive=True),
-            define_macros=[("PARAMDELTA_HAS_ENGINE", str(int(HAS_ENGINE)))],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],
             cxx_std=17,

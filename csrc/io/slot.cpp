@@ -3,7 +3,8 @@
 #include "io/slot.hpp"
 
 #include <algorithm>
-#include <cassert>
+#include <stdexcept>
+#include <string>
 
 namespace paramdelta::io {
 namespace {
@@ -95,7 +96,7 @@ void Slot::lay_out(std::vector<Target>& outputs) {
   }
   // Operand by operand, so that what lies together in a file is read together.
   for (std::size_t k = 0; k < operands; ++k) lay_out_operand(k);
-  assert(free_ <= memory_ + bytes_);
+  if (free_ > memory_ + bytes_) throw std::logic_error("a load outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
 }
 
 std::size_t Slot::fill(const std::vector<File>& inputs, std::vector<Target>& outputs) {

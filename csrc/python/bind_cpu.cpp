@@ -6,7 +6,5 @@
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The C++ side of paramdelta. Private: use paramdelta.ops, or paramdelta.backends.cpu.";
   paramdelta::bind_ops(module);
-#if PARAMDELTA_HAS_ENGINE
   paramdelta::bind_engine(module);
-#endif
 }

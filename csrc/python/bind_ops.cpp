@@ -31,13 +31,6 @@ DType dtype_of(int code) {
 
 Operand operand_of(Address address, int code) { return {reinterpret_cast<const void*>(address), dtype_of(code)}; }
 
-cpu::Isa isa_of(const std::optional<std::string>& name) {
-  if (!name) return cpu::best_isa();
-  for (cpu::Isa isa : cpu::available_isas())
-    if (*name == cpu::name_of(isa)) return isa;
-  throw cpu::UnavailableIsa("instruction set '" + *name + "' is not one that this machine runs");
-}
-
 std::tuple<std::uint64_t, std::uint64_t, std::uint64_t> merge(OperandTuple new_base,
                                                               const std::vector<TermTuple>& terms, OperandTuple out,
                                                               std::size_t count, bool streamed, int threads,
@@ -63,6 +56,13 @@ std::tuple<std::uint64_t, std::uint64_t, std::uint64_t> merge(OperandTuple new_b
 }
 
 }  // namespace
+
+cpu::Isa isa_of(const std::optional<std::string>& name) {
+  if (!name) return cpu::best_isa();
+  for (cpu::Isa isa : cpu::available_isas())
+    if (*name == cpu::name_of(isa)) return isa;
+  throw cpu::UnavailableIsa("instruction set '" + *name + "' is not one that this machine runs");
+}
 
 void bind_ops(py::module_& module) {
   py::register_exception_translator([](std::exception_ptr error) {
