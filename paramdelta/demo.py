@@ -1,5 +1,5 @@
-"""Synthetic checkpoints in the real layout: three Llama-shaped folders of sharded bf16 safetensors with config and
-tokenizer files, for the demo, the tests and the benchmarks. Written with numpy, ml_dtypes and the safetensors library."""
+"""Synthetic checkpoints in the real layout, for the demo, the tests and the benchmarks: three Llama-shaped folders
+of sharded bf16 safetensors with config and tokenizer files, written by numpy, ml_dtypes and safetensors alone."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ BASE_SPREAD = 0.02  # initializer_range of the published Llama models
 DELTA_SPREAD = 1e-3  # what a post-training moves a weight by, in order of magnitude
 DRIFT_SPREAD = 4e-3  # what a continued pretraining moves it by
 
-SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-BOS, EOS, HEADER_START, HEADER_END, EOT = SPECIAL_TOKENS
-CHAT_TEMPLATE = (
-    "{{- bos_token }}\n"
-    "{%- for message in messages %}\n"
-    "    {{- '" + HEADER_START + "' + message['role'] + '" + HEADER_END + "\\n\\n' + message['content'] | trim"
-    " + '" + EOT + "' }}\n"
-    "{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\n"
-    "    {{- '" + HEADER_START + "assistant" + HEADER_END + "\\n\\n' }}\n"
-    "{%- endif %}\n"
-)
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+HEADER_START, HEADER_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+SPECIAL_TOKENS = (BOS, EOS, HEADER_START, HEADER_END, EOT)
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,17 @@ _WIDTHS = (
     (600_000_000, Shape(vocab=32_000, hidden=2048, intermediate=5632, layers=1, heads=32, kv_heads=4)),
     (8_000_000_000, Shape(vocab=128_256, hidden=4096, intermediate=14_336, layers=1, heads=32, kv_heads=8)),
 )
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def shape_for(size: str) -> Shape:
-    """Return the sizes of a model named ``tiny`` or ``small``, or of about as many bytes as asked (``1.2GB``).
+    """Return the sizes of the model named ``tiny`` or ``small``, or of one of about as many bytes as ``1.2GB``.
 
     Whole layers are added up to the bytes asked; the vocabulary takes the remainder.
     """
     if size in NAMED_SHAPES:
         return NAMED_SHAPES[size]
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", size.upper())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", size.upper())
     if not found:
         raise InputError(Complaint("size", f"expected tiny, small or bytes such as 1.2GB, got {size!r}"))
     wanted = int(float(found[1]) * _UNITS[found[2] or ""])
@@ -133,9 +134,9 @@ def write_demo(folder: str | Path, *, size: str = "small", seed: int = 0) -> tup
     """Write three checkpoint folders and return their paths: ``post``, ``base``, ``new_base``.
 
     post = base + delta and new_base = base + drift, with base ~ N(0, 0.02²), delta ~ N(0, 0.001²) and drift
-    ~ N(0, 0.004²), rounded to bf16. The input norms of every second layer and the last norm are bit-equal in post
-    and base, as frozen tensors are. Only post has a chat template and ends its turns with a token of its own. Each
-    folder is sharded differently. The same size and seed give the same bytes.
+    ~ N(0, 0.004²), rounded to bf16. The input norms of every second layer and the last norm are bit-equal in
+    post and base, as frozen tensors are. Only post has a chat template, and it ends its turns with a token of
+    its own. Each folder is sharded differently. The same size and seed give the same bytes.
 
     Parameters
     ----------
@@ -166,7 +167,7 @@ def _normal_quantiles() -> npt.NDArray[np.float32]:
 
 
 def _draws(elements: int, seed: int, name: str, part: int) -> Iterator[npt.NDArray[np.uint16]]:
-    """Yield random 16-bit integers, a chunk at a time: one stream per tensor and part (base, delta, drift)."""
+    """Yield random 16-bit integers, a chunk at a time: a stream for each part (base, delta, drift) of a tensor."""
     source = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode()), part]))
     for start in range(0, elements, DRAW_CHUNK):
         count = min(DRAW_CHUNK, elements - start)
@@ -213,7 +214,7 @@ def _split(tensors: dict[str, tuple[int, ...]], shards: int) -> list[list[str]]:
 
 
 def _write_weights(folder: Path, role: str, shape: Shape, shards: int, seed: int) -> None:
-    """Write the shards one after the other (one is in memory at a time) and the index, named as transformers does."""
+    """Write the shards, one in memory at a time, and the index, all named as transformers names them."""
     tensors = shape.tensors()
     groups = _split(tensors, shards)
     files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
@@ -241,7 +242,7 @@ def _token_ids() -> dict[str, int]:
 
 
 def _write_configs(folder: Path, role: str, shape: Shape) -> None:
-    """Write config.json and generation_config.json. Post differs in its end tokens, new_base in its context length."""
+    """Write both configs. Post differs in its end tokens and sampling, new_base in its context length."""
     ids = _token_ids()
     ends: int | list[int] = [ids[EOS], ids[EOT]] if role == "post" else ids[EOS]
     version = "4.46.0"
@@ -272,7 +273,11 @@ def _write_configs(folder: Path, role: str, shape: Shape) -> None:
         "use_cache": True,
         "vocab_size": shape.vocab,
     }
-    generation = {"bos_token_id": ids[BOS], "eos_token_id": ends, "transformers_version": version}
+    generation: dict[str, Any] = {
+        "bos_token_id": ids[BOS],
+        "eos_token_id": ends,
+        "transformers_version": version,
+    }
     if role == "post":
         generation |= {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     else:
@@ -286,7 +291,7 @@ _MERGES = ("t h", "th e", "i n", "Ġ the", "a n", "an d", "Ġ and", "in g", "Ġ 
 
 @cache
 def _vocabulary() -> tuple[str, ...]:
-    """The tokens of a byte-level BPE: one per byte, in the printable alphabet of GPT-2, then one per merge."""
+    """The tokens of a byte-level BPE: one per byte, in GPT-2's printable alphabet, then one per merge."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     alphabet = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -1,0 +1,167 @@
+"""What the commands show when they are done: closing tables made from reports and plans, and the request their options
+spell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paramdelta.cli.render import human_bytes, human_seconds, print_columns, print_table, print_warnings, say
+
+if TYPE_CHECKING:
+    from paramdelta.engine import EngineOptions
+    from paramdelta.plan import MergeRequest, Plan
+    from paramdelta.report import MergeReport
+    from paramdelta.verification import VerifyReport
+
+_PROBE_BYTES = 256 << 20
+
+
+def request_of(options: dict[str, Any]) -> MergeRequest:
+    """Return the request that the command line's options spell; all that is wrong with them in one InputError."""
+    from paramdelta.plan import MergeRequest
+
+    return MergeRequest.build(**options)
+
+
+def engine_options(threads: int | None, memory: str | None, isa: str | None) -> EngineOptions:
+    """Return the engine's options; ``memory`` as a size such as ``256MiB``."""
+    from paramdelta.engine import EngineOptions
+    from paramdelta.plan.request import parse_size
+
+    return EngineOptions(
+        threads=threads, memory=None if memory is None else parse_size(memory, option="--memory"), isa=isa
+    )
+
+
+def merge_report(report: MergeReport) -> None:
+    """Print the table that closes a merge."""
+    moved = report.bytes_read + report.bytes_written
+    rows = [
+        ("result", str(report.out)),
+        ("parameters", f"{report.parameters:,} in {report.tensors:,} tensors, {report.files} files"),
+        ("tensors", tensor_summary(report.policies)),
+        ("moved", f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"),
+        ("time", f"{human_seconds(report.seconds)}, {human_bytes(moved / max(report.engine_seconds, 1e-9))}/s"),
+        (
+            "engine",
+            f"{report.threads} thread{'s' if report.threads != 1 else ''}, {report.isa}, "
+            f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
+        ),
+    ]
+    if report.nonfinite:
+        rows.append(("not finite", f"{len(report.nonfinite)} tensors (allowed)"))
+    print_table("merged", rows)
+
+
+def tensor_summary(policies: dict[str, Any]) -> str:
+    """Return the plan's counts of tensors by what happens to them: ``290 merged, 1 copied``."""
+    counts = policies.get("tensors", {})
+    return ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items() if n) or "none"
+
+
+def plan(plan: Plan) -> None:
+    """Print what a merge would do, and the least time it could take here."""
+    rows = [
+        ("parameters", f"{plan.parameters:,} in {len(plan.names):,} tensors"),
+        ("tensors", tensor_summary(plan.policies)),
+        ("reads", human_bytes(plan.bytes_read)),
+        ("writes", f"{human_bytes(plan.bytes_written)} in {len(plan.work.outputs)} files"),
+    ]
+    bound = lower_bound(plan)
+    if bound is not None:
+        rows.append(("at least", bound))
+    print_table("plan", rows)
+    print_columns(
+        "output files",
+        ("file", "tensors", "size"),
+        [
+            (name, f"{int((plan.out_files == i).sum()):,}", human_bytes(size))
+            for i, (name, size) in enumerate(plan.work.outputs)
+        ][:40],
+    )
+    from paramdelta.cli.render import print_rich
+
+    files = ", ".join(f"{f.name} ({f.origin})" for f in plan.side_files)
+    if files:
+        print_rich(f"side files: {files}")
+
+
+def lower_bound(plan: Plan) -> str | None:
+    """Return the time the page cache alone would need for the bytes the plan moves, from a short copy in memory."""
+    import time
+
+    import numpy as np
+
+    moved = plan.bytes_read + plan.bytes_written
+    if moved == 0:
+        return None
+    source = np.ones(min(moved, _PROBE_BYTES) // 8 + 1)
+    target = np.empty_like(source)
+    target[:] = source
+    started = time.perf_counter()
+    target[:] = source
+    speed = 2 * source.nbytes / max(time.perf_counter() - started, 1e-9) * len(os.sched_getaffinity(0))
+    # Each byte moves between page cache and slot (2) and between slot and core (about 2).
+    return f"{human_seconds(4 * moved / speed)} with every file in memory ({human_bytes(speed)}/s copied here)"
+
+
+def checkpoint(description: dict[str, Any]) -> None:
+    """Print what ``paramdelta inspect`` found."""
+    rows = [
+        (name.replace("_", " "), _value(name, value))
+        for name, value in description.items()
+        if not isinstance(value, list | dict) and value is not None
+    ]
+    rows += [
+        (name.replace("_", " "), ", ".join(map(str, value)))
+        for name, value in description.items()
+        if isinstance(value, list) and value and not isinstance(value[0], dict)
+    ]
+    print_table("checkpoint", rows)
+    dtypes = description.get("dtypes", {})
+    print_columns(
+        "dtypes",
+        ("dtype", "tensors", "elements", "size"),
+        [
+            (name, f"{d['tensors']:,}", f"{d['elements']:,}", human_bytes(d["bytes"]))
+            for name, d in dtypes.items()
+        ],
+    )
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return human_bytes(value) if "bytes" in name else f"{value:,}"
+    return str(value)
+
+
+def verify_report(report: VerifyReport) -> None:
+    """Print the outcome of ``paramdelta verify``."""
+    print_warnings(report.notes)
+    for problem in report.problems:
+        say(f"wrong: {problem}", err=True)
+    print_table(
+        "verified" if not report.problems else "NOT what these sources give",
+        [
+            ("folder", str(report.out)),
+            ("tensors", f"{report.tensors:,} compared, all present" if not report.problems else f"{report.tensors:,} compared"),
+            ("elements", f"{report.elements:,} recomputed by the reference ({report.fraction:.1%} of all)"),
+            ("files", f"{report.files:,} checked"),
+            ("problems", str(len(report.problems)) if report.problems else "none: bit-equal"),
+        ],
+    )
+
+
+def demo_end(folder: Path) -> None:
+    """Print what a person may try next."""
+    shown_folder = os.path.relpath(folder)
+    say(
+        "Try it yourself:\n"
+        f"  paramdelta inspect {shown_folder}/merged\n"
+        f"  paramdelta merge --post {shown_folder}/post --base {shown_folder}/base "
+        f"--new-base {shown_folder}/new_base --out {shown_folder}/half --alpha 0.5"
+    )

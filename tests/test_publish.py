@@ -1,0 +1,88 @@
+"""A folder appears whole or not at all, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paramdelta import publish
+from paramdelta.errors import StorageError
+from paramdelta.publish import Staging, write_files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_publish_renames_once(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with Staging(target) as staging:
+        write_files(staging.folder, [("a", b"1")])
+        assert not target.exists()
+        staging.publish(overwrite=False)
+    assert names(tmp_path) == ["out"]
+    assert (target / "a").read_bytes() == b"1"
+
+
+def test_what_is_not_published_leaves_no_trace(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Staging(tmp_path / "out") as staging:
+        write_files(staging.folder, [("a", b"1")])
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_an_existing_folder_is_never_replaced_unasked(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with Staging(target) as staging:
+        target.mkdir()
+        with pytest.raises(StorageError, match="appeared while the merge ran"):
+            staging.publish(overwrite=False)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_overwrite_replaces_the_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "stale").write_bytes(b"old")
+    with Staging(target) as staging:
+        write_files(staging.folder, [("new", b"2")])
+        staging.publish(overwrite=True)
+    assert names(tmp_path) == ["out"]
+    assert names(target) == ["new"]
+
+
+def test_exchange_swaps_in_one_step(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    if not publish._exchange(a, b):
+        pytest.skip("this file system or kernel has no RENAME_EXCHANGE")
+    assert (names(a), names(b)) == (["b"], ["a"])
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="cannot create the temporary folder"), Staging(
+        tmp_path / "file" / "out"
+    ):
+        pass
+
+
+def test_a_file_is_never_written_twice(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_files(tmp_path, [("a", b"1"), ("a", b"2")])
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_large_files_are_copied_from_their_path(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 10_000)
+    write_files(tmp_path, [("copy", source)])
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
