@@ -1,5 +1,8 @@
-"""Synthetic checkpoints in the real layout, for the demo, the tests and the benchmarks: three Llama-shaped folders
-of sharded bf16 safetensors with config and tokenizer files, written by numpy, ml_dtypes and safetensors alone."""
+"""Synthetic checkpoints in the real layout, for the demo, the tests and the benchmarks.
+
+Three Llama-shaped folders of sharded bf16 safetensors with config and tokenizer files, written by numpy,
+ml_dtypes and the safetensors library alone.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 
 def shape_for(size: str) -> Shape:
-    """Return the sizes of the model named ``tiny`` or ``small``, or of one of about as many bytes as ``1.2GB``.
+    """Return the sizes of the model named ``tiny`` or ``small``, or of one of about the bytes asked.
 
     Whole layers are added up to the bytes asked; the vocabulary takes the remainder.
     """
@@ -167,7 +170,7 @@ def _normal_quantiles() -> npt.NDArray[np.float32]:
 
 
 def _draws(elements: int, seed: int, name: str, part: int) -> Iterator[npt.NDArray[np.uint16]]:
-    """Yield random 16-bit integers, a chunk at a time: a stream for each part (base, delta, drift) of a tensor."""
+    """Yield random 16-bit integers, a chunk at a time: a stream per tensor and part."""
     source = np.random.SFC64(np.random.SeedSequence([seed, zlib.crc32(name.encode()), part]))
     for start in range(0, elements, DRAW_CHUNK):
         count = min(DRAW_CHUNK, elements - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -73,10 +74,20 @@ def merge(
 
 
 def prepare(request: MergeRequest) -> Plan:
-    """Open the three folders and plan the merge; raise InputError with every complaint there is."""
+    """Open the three folders and plan the merge; raise InputError with every complaint there is.
+
+    The garbage collector rests meanwhile: headers are millions of small objects without cycles, and looking through
+    them again and again took a quarter of the time for 100,000 tensors.
+    """
     from paramdelta.plan import make_plan, open_all
 
-    return make_plan(request, *open_all(request))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return make_plan(request, *open_all(request))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def data_warnings(plan: Plan) -> tuple[str, ...]:

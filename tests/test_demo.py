@@ -1,4 +1,4 @@
-"""The synthetic checkpoints: transformers loads them, a seed fixes their bytes, and they differ as real ones do."""
+"""The synthetic checkpoints: transformers loads them, a seed fixes their bytes, they differ as real ones."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def test_values_are_weight_like(folders: dict[str, Path]) -> None:
     shapes = shape_for("tiny").tensors()
     assert {name: t.shape for name, t in post.items()} == shapes
     assert {t.dtype.name for t in (*post.values(), *base.values(), *new_base.values())} == {"bfloat16"}
-    equal = [name for name in shapes if post[name].tobytes() == base[name].tobytes()]
-    assert equal == [
-        "model.layers.0.input_layernorm.weight",
-        "model.layers.2.input_layernorm.weight",
-        "model.norm.weight",
-    ]
+    equal = {name for name in shapes if post[name].tobytes() == base[name].tobytes()}
+    frozen = {f"model.layers.{i}.input_layernorm.weight" for i in (0, 2)} | {"model.norm.weight"}
+    assert frozen <= equal
+    assert all("norm" in name for name in equal), (
+        "only norms may be equal: near 1, few deltas outgrow half an ulp"
+    )
     name = "model.layers.1.mlp.up_proj.weight"
     p, b, n = (tensors[name].astype(np.float64) for tensors in (post, base, new_base))
     assert b.std() == pytest.approx(0.02, rel=0.05)

@@ -1,0 +1,135 @@
+"""The roofline that kernels are held against: how many bytes a second three read streams and one write stream move.
+
+Compiles ``bound.cpp`` on first use (a C++ compiler, no flags for the machine: every loop carries its own target) and
+calls it by ctypes. One call is one pass, so passes can alternate with passes of the kernel under test.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+SOURCE = Path(__file__).with_name("bound.cpp")
+CACHE = SOURCE.parents[1] / "build" / "benchmarks"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
+
+# Starts of the four streams within a page, in bytes: at equal page offsets a load waits for an earlier store whose
+# lowest 12 address bits match (4K aliasing), which costs up to half of the bandwidth.
+STAGGER = (0, 1088, 2176, 3264)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Memory of one measurement: equally long post, base, new_base and out, and the slab that owns them."""
+
+    post: Bytes
+    base: Bytes
+    new_base: Bytes
+    out: Bytes
+    slab: Bytes = field(repr=False)
+
+
+def allocate(nbytes: int, offsets: Sequence[int] = STAGGER, *, sizes: Sequence[int] | None = None) -> Buffers:
+    """Return four arrays in one slab, every page touched, each beginning at its offset within a page.
+
+    ``sizes`` gives the lengths in bytes where they differ; otherwise each has ``nbytes``.
+    """
+    lengths = tuple(sizes or (nbytes,) * 4)
+    page = 4096
+    rooms = [-(-(length + max(offsets)) // page) * page + page for length in lengths]
+    slab = np.empty(sum(rooms) + page, dtype=np.uint8)
+    slab.fill(1)  # touches every page
+    at = -slab.ctypes.data % page
+    views = []
+    for length, room, offset in zip(lengths, rooms, offsets, strict=True):
+        views.append(slab[at + offset : at + offset + length])
+        at += room
+    return Buffers(*views, slab=slab)
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler: what CXX names, or g++, c++ or clang++, whichever is found first."""
+    return next((found for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c and (found := shutil.which(c))), None)
+
+
+def why_not() -> str | None:
+    """Return None where the bound can be measured, else the reason and the way out."""
+    if compiler() is None:
+        return "the bound needs a C++ compiler; install g++ or name one in CXX"
+    return None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    target = CACHE / f"bound-{key}.so"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            made = Path(scratch) / "bound.so"
+            subprocess.run([str(compiler()), *FLAGS, str(SOURCE), "-o", str(made)], check=True)
+            made.replace(target)
+    library = ctypes.CDLL(str(target))
+    library.bound_name.restype = ctypes.c_char_p
+    library.bound_run.restype = ctypes.c_double
+    library.bound_run.argtypes = [ctypes.c_int, ctypes.c_int, *([ctypes.c_void_p] * 4), ctypes.c_size_t]
+    return library
+
+
+def variants() -> dict[str, int]:
+    """Return the loops that this machine runs: name and number."""
+    library = _library()
+    every = range(library.bound_variants())
+    return {library.bound_name(i).decode(): i for i in every if library.bound_runs_here(i)}
+
+
+def run(variant: int, buffers: Buffers, threads: int) -> float:
+    """Make one pass and return its bytes per second: four times the length of a stream over the time."""
+    nbytes = min(buffers.post.nbytes, buffers.base.nbytes, buffers.new_base.nbytes, buffers.out.nbytes) // 4096 * 4096
+    if nbytes == 0:
+        raise ValueError("the bound needs at least 4096 bytes in each stream")
+    if buffers.out.ctypes.data % 64:
+        raise ValueError("out must begin at a multiple of 64 bytes: non-temporal stores need it")
+    addresses = [b.ctypes.data for b in (buffers.post, buffers.base, buffers.new_base, buffers.out)]
+    return 4 * nbytes / float(_library().bound_run(variant, threads, *addresses, nbytes))
+
+
+@dataclass
+class Bound:
+    """The best few loops for these buffers and this number of threads; each ``sample`` is the best of one pass each."""
+
+    buffers: Buffers
+    threads: int
+    names: tuple[str, ...] = ()
+
+    def choose(self, *, keep: int = 3, rounds: int = 3) -> None:
+        """Keep the ``keep`` loops whose best of ``rounds`` passes is highest."""
+        numbers = variants()
+        best = dict.fromkeys(numbers, 0.0)
+        for _ in range(rounds):
+            for name, number in numbers.items():
+                best[name] = max(best[name], run(number, self.buffers, self.threads))
+        self.names = tuple(sorted(best, key=best.__getitem__, reverse=True)[:keep])
+
+    def sample(self) -> float:
+        """Return bytes per second of the best of the chosen loops in one pass each."""
+        if not self.names:
+            self.choose()
+        numbers = variants()
+        return max(run(numbers[name], self.buffers, self.threads) for name in self.names)

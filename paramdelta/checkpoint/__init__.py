@@ -1,0 +1,53 @@
+"""Checkpoints on disk: strict headers, folders with an index, and what they hold. No tensor data is read here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paramdelta.checkpoint.folder import INDEX, SINGLE, Checkpoint, ShardFile, open_checkpoint
+from paramdelta.checkpoint.quantised import quantisation_complaint, quantised_as
+from paramdelta.checkpoint.table import TensorSpec, TensorTable
+
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "ShardFile",
+    "TensorSpec",
+    "TensorTable",
+    "describe",
+    "open_checkpoint",
+    "quantisation_complaint",
+    "quantised_as",
+]
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint holds as JSON-ready values, for ``paramdelta inspect``."""
+    import math
+
+    table = checkpoint.tensors
+    dtypes: dict[str, dict[str, int]] = {}
+    for row, shape in enumerate(table.shapes):
+        entry = dtypes.setdefault(table.dtype_of(row).safetensors, {"tensors": 0, "elements": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["elements"] += math.prod(shape)
+        entry["bytes"] += int(table.nbytes[row])
+    return {
+        "version": 1,
+        "kind": "checkpoint",
+        "name": checkpoint.label,
+        "architecture": ", ".join(map(str, checkpoint.config.get("architectures") or [])) or None,
+        "model_type": checkpoint.config.get("model_type"),
+        "parameters": sum(d["elements"] for d in dtypes.values()),
+        "tensors": len(table),
+        "bytes": int(table.nbytes.sum()),
+        "files": len(checkpoint.files),
+        "sharded": checkpoint.sharded,
+        "tied_embeddings": checkpoint.tied,
+        "quantised": quantised_as(checkpoint),
+        "dtypes": dtypes,
+        "shards": [{"name": f.name, "bytes": f.size} for f in checkpoint.files],
+        "side_files": list(checkpoint.side_files),
+        "notes": list(checkpoint.notes),
+    }

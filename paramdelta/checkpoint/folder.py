@@ -1,0 +1,290 @@
+"""A checkpoint folder as transformers writes it, opened by its headers alone: one file, or shards named by an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from paramdelta.checkpoint.header import Header, read_header
+from paramdelta.checkpoint.table import TensorTable
+from paramdelta.errors import CheckpointError, Complaint, shown
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_JSON = 256 << 20
+_MOST_SHOWN = 20
+_OTHER_WEIGHTS = re.compile(r".*\.(bin|pth|pt|ckpt|gguf|h5|msgpack|onnx)$|consolidated\..*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """One safetensors file: its name in the folder, where it really lies, its size, and what its header says."""
+
+    name: str
+    path: Path
+    size: int
+    metadata: dict[str, str]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder's headers and configs. ``tensors`` are in the order of the files and, within one, of the data.
+
+    ``tied`` is what the config says about tied embeddings, None where it says nothing. ``side_files`` are the other
+    files of the folder, weights in other formats and hidden files left out. ``notes`` are things worth telling.
+    """
+
+    path: Path
+    role: str
+    files: tuple[ShardFile, ...]
+    tensors: TensorTable
+    sharded: bool
+    index_metadata: dict[str, Any]
+    config: dict[str, Any]
+    side_files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that describes the language model: ``text_config`` where the config nests it."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def tied(self) -> bool | None:
+        """What the config says about tied embeddings."""
+        for config in (self.config, self.text_config):
+            value = config.get("tie_word_embeddings")
+            if isinstance(value, bool):
+                return value
+        return None
+
+    @property
+    def label(self) -> str:
+        """A short name: the folder's, or the repository's where the folder is a snapshot in a hub cache."""
+        resolved = self.path.resolve()
+        if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+            return resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return resolved.name
+
+
+def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint:
+    """Read the headers, the index and the config of a folder.
+
+    ``role`` (post, base, new_base) names the folder in complaints. Raises CheckpointError with every complaint.
+    """
+    folder = Path(path)
+    _check_folder(folder, role)
+    entries = sorted(entry.name for entry in os.scandir(folder))
+    complaints: list[Complaint] = []
+    config = _read_json(folder, "config.json", complaints) if "config.json" in entries else {}
+    if INDEX in entries:
+        index = _read_json(folder, INDEX, complaints)
+        weight_map = _weight_map(folder, index, complaints)
+        names = sorted(set(weight_map.values()))
+    else:
+        index, weight_map = {}, None
+        names = _single_file(folder, entries, role)
+    shards: list[tuple[ShardFile, Header]] = []
+    for name in names:
+        try:
+            shards.append(_open_shard(folder, name))
+        except CheckpointError as error:
+            complaints += error.complaints
+    if complaints:
+        raise CheckpointError(complaints)
+    tensors, notes = _table(folder, shards, weight_map)
+    unused = [n for n in entries if n.endswith(".safetensors") and n not in names]
+    if unused:
+        notes.append(f"{role}: not named by the index, left out: {shown(', '.join(unused))}")
+    metadata = index.get("metadata")
+    return Checkpoint(
+        path=folder,
+        role=role,
+        files=tuple(shard for shard, _ in shards),
+        tensors=tensors,
+        sharded=weight_map is not None,
+        index_metadata=metadata if isinstance(metadata, dict) else {},
+        config=config,
+        side_files=tuple(n for n in entries if _is_side_file(folder, n)),
+        notes=tuple(notes),
+    )
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    if folder.is_dir():
+        return
+    if folder.exists():
+        _fail(str(folder), f"{role} is a file; a checkpoint is a folder", f"name the folder: {folder.parent}")
+    remedy = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        remedy = f"for a model on the Hub, download it first: hf download {folder} --local-dir {folder.name}"
+    _fail(str(folder), f"{role}: there is no such folder", remedy)
+
+
+def _single_file(folder: Path, entries: list[str], role: str) -> list[str]:
+    found = [name for name in entries if name.endswith(".safetensors") and not name.startswith(".")]
+    if SINGLE in found:
+        return [SINGLE]
+    if len(found) == 1:
+        return found
+    if found:
+        _fail(
+            str(folder),
+            f"{role} has {len(found)} safetensors files but no {INDEX}, so which tensor counts is not known",
+            "download the index too, or leave only one file in the folder",
+        )
+    other = [name for name in entries if _OTHER_WEIGHTS.fullmatch(name)]
+    if other:
+        _fail(
+            str(folder),
+            f"{role} holds weights as {shown(other[0])}; only safetensors are read",
+            "convert: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW_DIR)",
+        )
+    _fail(str(folder), f"{role} holds no safetensors file")
+
+
+def _weight_map(folder: Path, index: dict[str, Any], complaints: list[Complaint]) -> dict[str, str]:
+    subject = str(folder / INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        if not complaints:
+            complaints.append(Complaint(subject, "has no weight_map object"))
+        return {}
+    strings = {file for file in weight_map.values() if isinstance(file, str)}
+    plain = {file for file in strings if _is_plain_name(file)}
+    bad = [(name, file) for name, file in weight_map.items() if not isinstance(file, str) or file not in plain]
+    for name, file in bad[:_MOST_SHOWN]:
+        complaints.append(
+            Complaint(
+                f"{subject}: {shown(name)}",
+                f"is said to be in {shown(repr(file))}, which is not a plain file name within the folder",
+            )
+        )
+    if len(bad) > _MOST_SHOWN:
+        complaints.append(Complaint(subject, f"and {len(bad) - _MOST_SHOWN:,} more entries like these"))
+    return weight_map if not bad else {}
+
+
+def _is_plain_name(value: str) -> bool:
+    return value not in ("", ".", "..") and not set(value) & {"/", "\\", "\0"}
+
+
+def _open_shard(folder: Path, name: str) -> tuple[ShardFile, Header]:
+    path = folder / name
+    try:
+        status = path.stat()  # follows the links of a hub cache
+    except FileNotFoundError:
+        _fail(str(path), "is named by the index, but missing", "download the checkpoint again, all of it")
+    except OSError as error:
+        _fail(str(path), f"cannot be opened: {error.strerror}")
+    if not stat.S_ISREG(status.st_mode):
+        _fail(str(path), "is not a regular file")
+    header = read_header(path)
+    shard = ShardFile(
+        name=name, path=path.resolve(), size=status.st_size, metadata=header.metadata, digest=header.digest
+    )
+    return shard, header
+
+
+def _table(
+    folder: Path, shards: list[tuple[ShardFile, Header]], weight_map: dict[str, str] | None
+) -> tuple[TensorTable, list[str]]:
+    """Join the headers; where an index says which file a tensor is in, only that one counts."""
+    names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    columns: list[tuple[Any, ...]] = []
+    unlisted = 0
+    for number, (shard, header) in enumerate(shards):
+        if weight_map is None:
+            keep = range(len(header.names))
+        else:
+            keep = [i for i, name in enumerate(header.names) if weight_map.get(name) == shard.name]  # type: ignore[assignment]
+            unlisted += sum(name not in weight_map for name in header.names)
+        rows = np.fromiter(keep, np.int64)
+        names += [header.names[i] for i in keep]
+        shapes += [header.shapes[i] for i in keep]
+        columns.append(
+            (
+                header.dtypes[rows],
+                np.full(len(rows), number, np.int32),
+                header.begin[rows] + header.data_start,
+                header.nbytes[rows],
+            )
+        )
+    if weight_map is not None and len(names) < len(weight_map):
+        _refuse_absent(folder, weight_map, set(names))
+    dtype, file, offset, nbytes = (
+        (np.concatenate(parts) for parts in zip(*columns, strict=True))
+        if columns
+        else (np.empty(0, t) for t in (np.uint8, np.int32, np.int64, np.int64))
+    )
+    notes = [f"{folder.name}: {unlisted} tensors are in shards but not in the index, left out"] if unlisted else []
+    return TensorTable(names=names, dtype=dtype, shapes=shapes, file=file, offset=offset, nbytes=nbytes), notes
+
+
+def _refuse_absent(folder: Path, weight_map: dict[str, str], present: set[str]) -> NoReturn:
+    absent = [(name, file) for name, file in weight_map.items() if name not in present]
+    complaints = [
+        Complaint(f"{folder / file}: {shown(name)}", "the index says it is in this file, but it is not")
+        for name, file in absent[:_MOST_SHOWN]
+    ]
+    if len(absent) > _MOST_SHOWN:
+        complaints.append(Complaint(str(folder / INDEX), f"and {len(absent) - _MOST_SHOWN:,} more like these"))
+    raise CheckpointError(complaints)
+
+
+def _is_side_file(folder: Path, name: str) -> bool:
+    if name.startswith(".") or name == INDEX or name.endswith((".safetensors", ".index.json")):
+        return False
+    return not _OTHER_WEIGHTS.fullmatch(name) and (folder / name).is_file()
+
+
+def _read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str, Any]:
+    """Read a JSON object; what is wrong with it becomes a complaint and an empty object."""
+    path = folder / name
+    try:
+        if not path.is_file():
+            raise ValueError("is not a regular file")
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"is larger than {_MAX_JSON >> 20} MiB")
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(value, dict):
+            raise ValueError("is not a JSON object")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        complaints.append(Complaint(str(path), "holds a lone surrogate, which no Unicode text has"))
+    except UnicodeDecodeError as error:
+        complaints.append(Complaint(str(path), f"is not UTF-8 (byte {error.start})"))
+    except json.JSONDecodeError as error:
+        complaints.append(Complaint(str(path), f"is not JSON: {error.msg} (line {error.lineno})"))
+    except RecursionError:
+        complaints.append(Complaint(str(path), "is nested too deeply"))
+    except ValueError as error:
+        complaints.append(Complaint(str(path), str(error)))
+    except OSError as error:
+        complaints.append(Complaint(str(path), f"cannot be read: {error.strerror}"))
+    else:
+        return value
+    return {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"holds the key {shown(twice)} twice")
+    return value
+
+
+def _fail(subject: str, problem: str, remedy: str = "") -> NoReturn:
+    raise CheckpointError(Complaint(subject, problem, remedy))

@@ -1,0 +1,283 @@
+"""Lays the output out: which tensor goes into which file at which byte, and the spans that fill every byte of them.
+
+Work is done by columns; Python loops over tensors only where headers are written and where vocabularies are extended.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paramdelta.checkpoint import SINGLE, Checkpoint, TensorTable
+from paramdelta.checkpoint.header import format_header
+from paramdelta.dtypes import BY_NAME, DTYPES, DType
+from paramdelta.plan.pairing import NONE, Kind, Pairing
+from paramdelta.plan.request import MergeRequest
+from paramdelta.plan.work import SPAN, TERM, Work
+
+_RAW = BY_NAME["u8"].code
+_ZEROS = -1
+_BITS = np.array([d.bits for d in DTYPES], np.int64)
+_MERGES = np.array([d.merges for d in DTYPES])
+
+Column = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The three tables and where their files begin in the common list of input files."""
+
+    post: Checkpoint
+    base: Checkpoint
+    new_base: Checkpoint
+
+    def inputs(self) -> tuple[Path, ...]:
+        """Return all input files: post's, base's, new_base's."""
+        return tuple(f.path for c in (self.post, self.base, self.new_base) for f in c.files)
+
+    def first_file(self, role: str) -> int:
+        """Return the number of a role's first file."""
+        before = {"post": (), "base": (self.post,), "new_base": (self.post, self.base)}[role]
+        return sum(len(c.files) for c in before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The output's tensors (columns in the order of the files) and the work that makes them."""
+
+    order: Column  # row of the pairing that output tensor i is
+    dtypes: Column  # DType codes
+    nbytes: Column
+    files: Column  # output file of tensor i
+    work: Work
+    index: bytes | None
+
+
+def lay_out(request: MergeRequest, pairing: Pairing, tables: Tables) -> Layout:
+    """Lay out the output of a pairing. Raises CheckpointError where a header would break the format's limits."""
+    dtypes = _output_dtypes(request, pairing, tables)
+    elements = np.array([math.prod(shape) for shape in pairing.shapes], np.int64)
+    nbytes = elements * _BITS[dtypes] // 8
+    files, order, file_names = _assign(request, pairing, tables, nbytes)
+    headers, sizes, offsets = _headers(pairing, tables, order, files, dtypes, file_names)
+    spans, terms = _work(pairing, tables, order, files, offsets, dtypes, elements, nbytes)
+    work = Work(
+        inputs=tables.inputs(),
+        outputs=tuple(zip(file_names, sizes, strict=True)),
+        headers=tuple(headers),
+        spans=spans,
+        terms=terms,
+    )
+    index = None
+    if file_names != [SINGLE]:
+        names = [pairing.names[i] for i in order]
+        index = _index(tables.new_base, names, files, file_names, int(nbytes.sum()), int(elements.sum()))
+    return Layout(
+        order=order, dtypes=dtypes[order], nbytes=nbytes[order], files=files, work=work, index=index
+    )
+
+
+def _take(column: Column, rows: Column) -> Column:
+    """Return ``column[rows]``, zeros where a row is NONE."""
+    if not len(column):
+        return np.zeros(len(rows), column.dtype)
+    return np.where(rows == NONE, np.zeros(1, column.dtype), column[np.where(rows == NONE, 0, rows)])
+
+
+def _output_dtypes(request: MergeRequest, pairing: Pairing, tables: Tables) -> Column:
+    new_rows, post_rows = np.array(pairing.new_base, np.int64), np.array(pairing.post, np.int64)
+    from_post = np.array(pairing.kinds, np.int64) == Kind.FROM_POST
+    dtypes = np.where(
+        from_post, _take(tables.post.tensors.dtype, post_rows), _take(tables.new_base.tensors.dtype, new_rows)
+    )
+    if request.dtype is not None:
+        dtypes = np.where(_MERGES[dtypes], request.dtype.code, dtypes)
+    return dtypes.astype(np.uint8)
+
+
+def _assign(
+    request: MergeRequest, pairing: Pairing, tables: Tables, nbytes: Column
+) -> tuple[Column, Column, list[str]]:
+    """Return the file of each output tensor, the order of tensors, and the files' names."""
+    new_rows = np.array(pairing.new_base, np.int64)
+    if request.max_shard_size is not None:
+        return _split(nbytes, request.max_shard_size)
+    table = tables.new_base.tensors
+    # What only post has goes behind the last tensor of the last file.
+    last = len(tables.new_base.files) - 1
+    lookup = {name: row for row, name in enumerate(table.names)}
+    home = np.array(
+        [row if row != NONE else lookup.get(name, NONE) for row, name in zip(new_rows.tolist(), pairing.names, strict=True)],
+        np.int64,
+    )
+    files = np.where(home == NONE, last, _take(table.file, home))
+    position = np.where(home == NONE, np.iinfo(np.int64).max, _take(table.offset, home))
+    order = np.lexsort((np.arange(len(files)), np.where(home == NONE, len(table), home), position, files))
+    # Files whose tensors are all gone are left out.
+    used, numbers = np.unique(files[order], return_inverse=True)
+    names = [tables.new_base.files[i].name for i in used]
+    if not names:
+        names = [f.name for f in tables.new_base.files[:1]]
+    return numbers.astype(np.int64), order, names
+
+
+def _split(nbytes: Column, limit: int) -> tuple[Column, Column, list[str]]:
+    """Fill files in order up to ``limit`` bytes; a larger tensor gets a file of its own."""
+    files = np.zeros(len(nbytes), np.int64)
+    file, used = 0, 0
+    for i, size in enumerate(nbytes.tolist()):
+        if used and used + size > limit:
+            file, used = file + 1, 0
+        files[i] = file
+        used += size
+    count = file + 1
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    return files, np.arange(len(nbytes)), names
+
+
+def _headers(
+    pairing: Pairing, tables: Tables, order: Column, files: Column, dtypes: Column, file_names: list[str]
+) -> tuple[list[bytes], list[int], Column]:
+    """Return each file's header bytes and size, and each output tensor's absolute offset in its file."""
+    metadata = {f.name: f.metadata for f in tables.new_base.files}
+    default = dict(tables.new_base.files[0].metadata) if tables.new_base.files else {}
+    headers, sizes = [], []
+    offsets = np.zeros(len(order), np.int64)
+    for file, name in enumerate(file_names):
+        members = np.flatnonzero(files == file)
+        rows = order[members].tolist()
+        shapes = [pairing.shapes[i] for i in rows]
+        types = [DTYPES[dtypes[i]] for i in rows]
+        header, begins = format_header(
+            [pairing.names[i] for i in rows], types, shapes, metadata.get(name, default), subject=name
+        )
+        offsets[members] = begins + len(header)
+        data = sum(math.prod(s) * t.bits // 8 for s, t in zip(shapes, types, strict=True))
+        headers.append(header)
+        sizes.append(len(header) + data)
+    return headers, sizes, offsets
+
+
+def _work(
+    pairing: Pairing,
+    tables: Tables,
+    order: Column,
+    files: Column,
+    offsets: Column,
+    dtypes: Column,
+    elements: Column,
+    nbytes: Column,
+) -> tuple[Column, Column]:
+    kinds = np.array(pairing.kinds, np.int64)[order]
+    alphas = np.array(pairing.alphas, np.float64)[order]
+    rows = {role: np.array(getattr(pairing, role), np.int64)[order] for role in ("post", "base", "new_base")}
+    from_post = kinds == Kind.FROM_POST
+    source_row = np.where(from_post, rows["post"], rows["new_base"])
+    merged = (kinds == Kind.MERGED) & (alphas != 0.0)
+
+    spans = np.zeros(len(order), SPAN)
+    spans["tensor"] = np.arange(len(order))
+    spans["out_file"], spans["out_offset"] = files, offsets
+    spans["out_dtype"], spans["count"] = dtypes[order], elements[order]
+    source_dtype = _place(spans, "new", tables, "new_base", rows["new_base"])
+    post_spans = np.zeros(len(order), SPAN)
+    post_dtype = _place(post_spans, "new", tables, "post", rows["post"])
+    for column in ("new_file", "new_offset"):
+        spans[column] = np.where(from_post, post_spans[column], spans[column])
+    source_dtype = np.where(from_post, post_dtype, source_dtype)
+    spans["new_dtype"] = source_dtype
+    # A copy moves bytes, whatever they mean.
+    raw = ~merged & (kinds != Kind.EXTENDED) & (source_dtype == spans["out_dtype"])
+    spans["count"] = np.where(raw, nbytes[order], spans["count"])
+    for column in ("out_dtype", "new_dtype"):
+        spans[column] = np.where(raw, _RAW, spans[column])
+
+    terms = np.zeros(int(merged.sum()), TERM)
+    terms["alpha"] = alphas[merged]
+    _place(terms, "post", tables, "post", rows["post"][merged])
+    _place(terms, "base", tables, "base", rows["base"][merged])
+    spans["n_terms"] = merged
+    spans["first_term"] = np.where(merged, np.cumsum(merged) - 1, 0)
+
+    extended = np.flatnonzero(kinds == Kind.EXTENDED)
+    if len(extended):
+        spans, terms = _with_extended(spans, terms, pairing, tables, order, extended)
+    return spans[spans["count"] > 0], terms
+
+
+def _place(target: Column, prefix: str, tables: Tables, role: str, rows: Column) -> Column:
+    """Fill the file, offset and dtype columns ``prefix_*`` with where ``rows`` of a role's table lie."""
+    table: TensorTable = getattr(tables, role).tensors
+    target[f"{prefix}_file"] = _take(table.file, rows) + tables.first_file(role)
+    target[f"{prefix}_offset"] = _take(table.offset, rows)
+    dtype = _take(table.dtype, rows)
+    target[f"{prefix}_dtype"] = dtype
+    return dtype
+
+
+def _with_extended(
+    spans: Column, terms: Column, pairing: Pairing, tables: Tables, order: Column, extended: Column
+) -> tuple[Column, Column]:
+    """Replace the spans of tensors whose vocabularies differ by one span per run of rows that the same of the three
+    have: what post lacks has no delta, what base or new_base lack counts as zeros."""
+    extra_spans, extra_terms = [], []
+    for at in extended.tolist():
+        i = int(order[at])
+        rows = {"post": pairing.post[i], "base": pairing.base[i], "new_base": pairing.new_base[i]}
+        checkpoints = {role: getattr(tables, role).tensors for role in rows}
+        have = {role: checkpoints[role].shapes[row][0] for role, row in rows.items()}
+        width = math.prod(pairing.shapes[i][1:])
+        cuts = sorted({0, *have.values(), pairing.shapes[i][0]})
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            if last > pairing.shapes[i][0]:
+                break
+            span = spans[at].copy()
+            out: DType = DTYPES[span["out_dtype"]]
+            span["out_offset"] += first * width * out.itemsize
+            span["count"] = (last - first) * width
+            _shift(span, "new", checkpoints["new_base"], rows["new_base"], first, width, have["new_base"])
+            alpha = pairing.alphas[i]
+            if first < have["post"] and alpha != 0.0:
+                term = np.zeros((), TERM)
+                term["alpha"] = alpha
+                for role in ("post", "base"):
+                    one = np.zeros(1, TERM)
+                    _place(one, role, tables, role, np.array([rows[role]]))
+                    for column in ("file", "offset", "dtype"):
+                        term[f"{role}_{column}"] = one[f"{role}_{column}"][0]
+                    _shift(term, role, checkpoints[role], rows[role], first, width, have[role])
+                span["first_term"], span["n_terms"] = len(terms) + len(extra_terms), 1
+                extra_terms.append(term)
+            extra_spans.append(span)
+    keep = np.ones(len(spans), bool)
+    keep[extended] = False
+    spans = np.concatenate([spans[keep], np.array(extra_spans, SPAN)])
+    terms = np.concatenate([terms, np.array(extra_terms, TERM)])
+    return spans[np.lexsort((spans["out_offset"], spans["out_file"]))], terms
+
+
+def _shift(
+    target: Any, prefix: str, table: TensorTable, row: int, first: int, width: int, have: int
+) -> None:
+    """Move an operand to row ``first`` of its tensor, or to zeros where the tensor has no such row."""
+    if first >= have:
+        target[f"{prefix}_file"], target[f"{prefix}_offset"] = _ZEROS, 0
+    else:
+        target[f"{prefix}_offset"] += first * width * table.dtype_of(row).itemsize
+
+
+def _index(
+    new_base: Checkpoint, names: list[str], files: Column, file_names: list[str], total_size: int, elements: int
+) -> bytes:
+    """Return the index as transformers writes it; metadata keys that are not known are kept."""
+    metadata = {**new_base.index_metadata, "total_size": total_size}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = elements
+    weight_map = {name: file_names[file] for name, file in zip(names, files.tolist(), strict=True)}
+    return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,134 @@
+"""Names of tensors: renames before pairing, tied embeddings, and lists of names a person can read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from paramdelta.checkpoint import Checkpoint
+from paramdelta.errors import Complaint, shown
+from paramdelta.plan.request import Rename
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+_MOST_SHOWN = 20
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of one checkpoint by the names they are paired under. ``rows`` keeps the checkpoint's order."""
+
+    checkpoint: Checkpoint
+    rows: dict[str, int]
+
+    @property
+    def role(self) -> str:
+        """post, base or new_base."""
+        return self.checkpoint.role
+
+    def embedding(self) -> str | None:
+        """Return the name of the input embedding, None where there is none or more than one."""
+        found = [name for name in self.rows if name.endswith(EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
+
+    def ties(self, name: str) -> int | None:
+        """Return the embedding's row where ``name`` is an output embedding that this checkpoint leaves out because it
+        is tied. A config that says nothing counts as tied: a head that is neither stored nor tied would be random."""
+        if name in self.rows or not is_head(name) or self.checkpoint.tied is False:
+            return None
+        embedding = self.embedding()
+        return None if embedding is None else self.rows[embedding]
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is an output embedding, by its name."""
+    return any(name == head or name.endswith(f".{head}") for head in HEADS)
+
+
+def renamed(checkpoint: Checkpoint, renames: Sequence[Rename], wrong: list[Complaint]) -> Names:
+    """Apply ``--rename-*`` to a checkpoint's names; two tensors that end up with one name are a complaint."""
+    if not renames:
+        return Names(checkpoint, checkpoint.tensors.rows)
+    compiled = [(re.compile(r.pattern), r.replacement) for r in renames]
+    rows: dict[str, int] = {}
+    used = [False] * len(compiled)
+    option = f"--rename-{checkpoint.role.replace('_', '-')}"
+    for row, name in enumerate(checkpoint.tensors.names):
+        new = name
+        for i, (pattern, replacement) in enumerate(compiled):
+            new, count = pattern.subn(replacement, new)
+            used[i] |= count > 0
+        if new in rows:
+            first = checkpoint.tensors.names[rows[new]]
+            wrong.append(Complaint(option, f"{shown(first)} and {shown(name)} would both be called {shown(new)}"))
+        rows.setdefault(new, row)
+    for rename, hit in zip(renames, used, strict=True):
+        if not hit:
+            wrong.append(Complaint(option, f"{shown(repr(rename.pattern))} matches no tensor of {checkpoint.role}"))
+    return Names(checkpoint, rows)
+
+
+def grouped(names: Iterable[str]) -> str:
+    """Return names as a list a person can read: those that differ only in numbers on one line, at most 20 lines."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[_NUMBER.sub("{}", name)].append(name)
+    lines = []
+    for members in list(groups.values())[:_MOST_SHOWN]:
+        if len(members) == 1:
+            lines.append(shown(members[0]))
+        else:
+            lines.append(f"{shown(_pattern(members))} ({len(members):,} tensors)")
+    if len(groups) > _MOST_SHOWN:
+        rest = sum(len(m) for m in list(groups.values())[_MOST_SHOWN:])
+        lines.append(f"and {rest:,} more")
+    return "".join(f"\n      {line}" for line in lines)
+
+
+def _pattern(members: list[str]) -> str:
+    """Write names that differ only in numbers as one, each number as the set it takes: ``layers.{0..31}.q.bias``."""
+    columns = list(zip(*(_NUMBER.findall(name) for name in members), strict=True))
+    sets = iter([_numbers(column) for column in columns])
+    return _NUMBER.sub(lambda _: next(sets), members[0])
+
+
+def _numbers(column: Sequence[str]) -> str:
+    values = sorted({int(v) for v in column})
+    if len(values) == 1:
+        return str(values[0])
+    if values == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}..{values[-1]}}}"
+    text = ",".join(map(str, values[:6]))
+    return f"{{{text}{',…' if len(values) > 6 else ''}}}"
+
+
+def proposed_rename(missing: Sequence[str], extra: Sequence[str], role: str) -> str:
+    """Return the ``--rename`` option that would turn most of ``extra`` (names only ``role`` has) into ``missing`` ones,
+    by replacing a common prefix; an empty string where no such option is plain to see."""
+    by_tail: dict[str, str] = {name.rsplit(".", 3)[-1]: name for name in extra}
+    wanted = set(missing)
+    for name in missing[:50]:
+        candidates = [e for e in extra if e.split(".")[-1] == name.split(".")[-1]] or list(by_tail.values())
+        for candidate in candidates[:50]:
+            old, new = _prefixes(candidate, name)
+            renamed_names = {new + e[len(old) :] for e in extra if e.startswith(old)}
+            if 2 * len(renamed_names & wanted) >= len(wanted):
+                return f"--rename-{role.replace('_', '-')} '^{re.escape(old)}={new}'"
+    return ""
+
+
+def _prefixes(old: str, new: str) -> tuple[str, str]:
+    """Return what two names start with before their longest common run of parts at the end."""
+    a, b = old.split("."), new.split(".")
+    common = 0
+    while common < min(len(a), len(b)) and a[-1 - common] == b[-1 - common]:
+        common += 1
+
+    def head(parts: list[str]) -> str:
+        kept = parts[: len(parts) - common]
+        return "".join(f"{part}." for part in kept)
+
+    return head(a), head(b)

@@ -1,0 +1,242 @@
+"""What a user asks for: three folders, where the result goes, and the policies that decide what it holds. Spellings of the
+command line (globs, sizes, regular expressions) are read here, once, and complained about together."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paramdelta.dtypes import MERGE_DTYPES, DType
+from paramdelta.errors import Complaint, PlanError, shown
+
+ROLES = ("post", "base", "new_base")
+COPY_FROM = ("error", "new-base", "post")
+VOCAB = ("error", "extend")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*")
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True)
+class AlphaRule:
+    """The scale of the delta for tensors whose names match ``glob``; of several rules that match, the last one holds."""
+
+    glob: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Rename:
+    """``re.sub(pattern, replacement, name)``, applied to the names of one checkpoint before pairing."""
+
+    pattern: str
+    replacement: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
+    """One merge, checked. Build it with :meth:`build`; every field is part of the result's identity except ``out``,
+    ``overwrite`` and ``allow_nonfinite``."""
+
+    post: Path
+    base: Path
+    new_base: Path
+    out: Path | None
+    alphas: tuple[AlphaRule, ...] = (AlphaRule("*", 1.0),)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    copy_from: str = "error"
+    rename_post: tuple[Rename, ...] = ()
+    rename_base: tuple[Rename, ...] = ()
+    rename_new_base: tuple[Rename, ...] = ()
+    vocab: str = "error"
+    dtype: DType | None = None
+    max_shard_size: int | None = None
+    allow_unscaled: bool = False
+    allow_nonfinite: bool = False
+    overwrite: bool = False
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        post: str | Path,
+        base: str | Path,
+        new_base: str | Path,
+        out: str | Path | None = None,
+        alpha: float | str | Mapping[str, float] = 1.0,
+        alphas: Sequence[str] = (),
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        copy_from: str = "error",
+        rename_post: str | Sequence[str | tuple[str, str]] = (),
+        rename_base: str | Sequence[str | tuple[str, str]] = (),
+        rename_new_base: str | Sequence[str | tuple[str, str]] = (),
+        vocab: str = "error",
+        dtype: str | DType | None = None,
+        max_shard_size: int | str | None = None,
+        allow_unscaled: bool = False,
+        allow_nonfinite: bool = False,
+        overwrite: bool = False,
+    ) -> MergeRequest:
+        """Check and build a request.
+
+        ``alpha`` is a number, or a mapping of globs to numbers, the last match winning; ``alphas`` are rules as on the
+        command line (``0.7``, ``GLOB=0.7``), added after it. Renames are ``REGEX=REPLACEMENT`` or pairs. Sizes are
+        numbers of bytes or strings such as ``5GB`` (10⁹) and ``5GiB`` (2³⁰). Raises PlanError with all complaints.
+        """
+        wrong: list[Complaint] = []
+        rules = _alpha_rules(alpha, wrong) + [r for a in alphas for r in _alpha_rules(a, wrong)]
+        request = cls(
+            post=Path(post),
+            base=Path(base),
+            new_base=Path(new_base),
+            out=None if out is None else Path(out),
+            alphas=(AlphaRule("*", 1.0), *rules),
+            include=_strings(include),
+            exclude=_strings(exclude),
+            copy_from=_choice("--copy-from", copy_from, COPY_FROM, wrong),
+            rename_post=_renames("--rename-post", rename_post, wrong),
+            rename_base=_renames("--rename-base", rename_base, wrong),
+            rename_new_base=_renames("--rename-new-base", rename_new_base, wrong),
+            vocab=_choice("--vocab", vocab, VOCAB, wrong),
+            dtype=_dtype(dtype, wrong),
+            max_shard_size=_collected(lambda: _size(max_shard_size, "--max-shard-size"), wrong),
+            allow_unscaled=allow_unscaled,
+            allow_nonfinite=allow_nonfinite,
+            overwrite=overwrite,
+        )
+        if request.dtype is not None and request.dtype.bits == 8 and not allow_unscaled:
+            wrong.append(
+                Complaint(
+                    "--dtype",
+                    f"{request.dtype} without scales loses most of what weights hold: it spans few powers of two",
+                    "--allow-unscaled writes it all the same",
+                )
+            )
+        if wrong:
+            raise PlanError(wrong)
+        return request
+
+    def folder(self, role: str) -> Path:
+        """Return the folder of a role."""
+        folder: Path = getattr(self, role)
+        return folder
+
+    def renames(self, role: str) -> tuple[Rename, ...]:
+        """Return the renames of a role."""
+        renames: tuple[Rename, ...] = getattr(self, f"rename_{role}")
+        return renames
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what decides the result, without paths, as JSON-ready values that :meth:`build` takes back."""
+        alphas = [f"{rule.glob}={rule.value!r}" for rule in self.alphas[1:]]
+        return {
+            "alphas": alphas,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "copy_from": self.copy_from,
+            **{f"rename_{role}": [[r.pattern, r.replacement] for r in self.renames(role)] for role in ROLES},
+            "vocab": self.vocab,
+            "dtype": None if self.dtype is None else self.dtype.name,
+            "max_shard_size": self.max_shard_size,
+            "allow_unscaled": self.allow_unscaled,
+        }
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Return the bytes that ``5GB`` (5·10⁹), ``5GiB`` (5·2³⁰) or ``5000`` spell. Raises PlanError."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise PlanError(Complaint(option, f"expected a size such as 5GB or 512MiB, got {shown(repr(text))}"))
+    number, prefix, binary = match.groups()
+    value = int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.upper()])
+    if value < 1:
+        raise PlanError(Complaint(option, f"expected at least one byte, got {shown(repr(text))}"))
+    return value
+
+
+def matcher(globs: Iterable[str]) -> Callable[[str], bool]:
+    """Return a function that says whether a name matches one of ``globs`` (``*``, ``?``, ``[…]``; case counts)."""
+    patterns = [fnmatch.translate(glob) for glob in globs]
+    if not patterns:
+        return lambda name: False
+    compiled = re.compile("|".join(patterns))
+    return lambda name: compiled.match(name) is not None
+
+
+def _alpha_rules(alpha: Any, wrong: list[Complaint]) -> list[AlphaRule]:
+    if isinstance(alpha, Mapping):
+        return [r for glob, value in alpha.items() for r in _alpha_rule(glob, value, wrong)]
+    if isinstance(alpha, str) and "=" in alpha:
+        glob, _, value = alpha.rpartition("=")
+        return _alpha_rule(glob, value, wrong)
+    return _alpha_rule("*", alpha, wrong)
+
+
+def _alpha_rule(glob: str, value: Any, wrong: list[Complaint]) -> list[AlphaRule]:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        wrong.append(Complaint("--alpha", f"expected a number or GLOB=number, got {shown(repr(value))}"))
+        return []
+    if not math.isfinite(number):
+        wrong.append(Complaint("--alpha", f"expected a finite number, got {number}"))
+        return []
+    return [AlphaRule(glob, number)]
+
+
+def _renames(option: str, values: Any, wrong: list[Complaint]) -> tuple[Rename, ...]:
+    renames = []
+    for value in [values] if isinstance(values, str) else values:
+        if isinstance(value, str):
+            pattern, equals, replacement = value.partition("=")
+            if not equals:
+                wrong.append(Complaint(option, f"expected REGEX=REPLACEMENT, got {shown(repr(value))}"))
+                continue
+        else:
+            pattern, replacement = value
+        try:
+            compiled = re.compile(pattern)
+            compiled.sub(replacement, "")
+        except re.error as error:
+            wrong.append(Complaint(option, f"{shown(repr(value))} is no regular expression: {error}"))
+            continue
+        renames.append(Rename(pattern, replacement))
+    return tuple(renames)
+
+
+def _choice(option: str, value: str, choices: Sequence[str], wrong: list[Complaint]) -> str:
+    if value not in choices:
+        wrong.append(Complaint(option, f"expected one of {', '.join(choices)}, got {shown(repr(value))}"))
+    return value
+
+
+def _dtype(value: str | DType | None, wrong: list[Complaint]) -> DType | None:
+    if value is None or isinstance(value, DType):
+        return value
+    found = next((d for d in MERGE_DTYPES if value in (d.name, d.safetensors)), None)
+    if found is None:
+        names = ", ".join(d.name for d in MERGE_DTYPES)
+        wrong.append(Complaint("--dtype", f"expected one of {names}, got {shown(repr(value))}"))
+    return found
+
+
+def _size(value: int | str | None, option: str) -> int | None:
+    return parse_size(str(value), option=option) if value is not None else None
+
+
+def _collected(make: Callable[[], int | None], wrong: list[Complaint]) -> int | None:
+    try:
+        return make()
+    except PlanError as error:
+        wrong += error.complaints
+        return None
+
+
+def _strings(values: str | Sequence[str]) -> tuple[str, ...]:
+    return (values,) if isinstance(values, str) else tuple(values)

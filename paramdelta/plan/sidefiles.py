@@ -1,0 +1,137 @@
+"""The files of the output that are not weights: tokenizer and templates from post, code and licences carried along, a model
+card, and a record of what was done. No times, hosts or absolute paths: equal merges are equal folders."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paramdelta
+from paramdelta.checkpoint import Checkpoint
+from paramdelta.plan.request import MergeRequest
+
+RECORD = "paramdelta.json"
+RECORD_VERSION = 1
+CARD = "README.md"
+
+# One tokenizer, from one model: mixing two models' tokenizer files makes a third that nobody tested.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenization_*.py",
+)
+_USE = ("generation_config.json", "*processor_config.json")
+_CODE = ("*.py",)
+_LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideFile:
+    """One file of the output: copied from ``source``, or written from ``data``; ``origin`` says where it comes from."""
+
+    name: str
+    source: Path | None
+    data: bytes | None
+    origin: str
+
+
+def carried_files(post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> tuple[list[SideFile], list[str]]:
+    """Return the files carried over from post and new_base, and the names of those left out.
+
+    Tokenizer, chat template and generation config come from post (from new_base where post has none); custom code
+    from new_base; licences from both, post's under ``NAME.post`` where its text differs.
+    """
+    files: dict[str, SideFile] = {}
+
+    def carry(checkpoint: Checkpoint, patterns: Sequence[str], skip: Sequence[str] = ()) -> bool:
+        names = [n for n in checkpoint.side_files if _matches(n, patterns) and not _matches(n, skip)]
+        for name in names:
+            files.setdefault(
+                name, SideFile(name=name, source=checkpoint.path / name, data=None, origin=checkpoint.role)
+            )
+        return bool(names)
+
+    if not carry(post, _TOKENIZER):
+        carry(new_base, _TOKENIZER)
+    for pattern in _USE:
+        if not carry(post, (pattern,)):
+            carry(new_base, (pattern,))
+    carry(new_base, _CODE, skip=_TOKENIZER)
+    carry(new_base, _LEGAL)
+    for name in post.side_files:
+        if _matches(name, _LEGAL) and not _same_text(post, new_base, name):
+            kept = name if name not in files else f"{name}.post"
+            files[kept] = SideFile(name=kept, source=post.path / name, data=None, origin="post")
+    made_here = {CARD, RECORD, "config.json"}
+    everything = {n for c in (post, new_base) for n in c.side_files}
+    left_out = sorted(everything - set(files) - made_here)
+    return [files[name] for name in sorted(files)], left_out
+
+
+def record(request: MergeRequest, checkpoints: Sequence[Checkpoint], policies: dict[str, Any]) -> bytes:
+    """Return ``paramdelta.json``: enough to verify the folder and to do the merge again."""
+    document = {
+        "version": RECORD_VERSION,
+        "tool": {"name": "paramdelta", "version": paramdelta.__version__},
+        "formula": "new_base + alpha * (post - base)",
+        "arithmetic": "binary64, one rounding to the output type, nearest even",
+        "request": request.to_dict(),
+        "inputs": {
+            c.role: {
+                "name": c.label,
+                "files": [{"name": f.name, "bytes": f.size, "header_sha256": f.digest} for f in c.files],
+            }
+            for c in checkpoints
+        },
+        "policies": policies,
+    }
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def model_card(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> bytes:
+    """Return the model card: metadata that the Hub reads, and what was done, in words."""
+    alphas = [r for r in request.alphas[1:]]
+    scale = "1" if not alphas else ", ".join(f"{r.value:g} for `{r.glob}`" for r in alphas)
+    lines = [
+        "---",
+        "base_model:",
+        *(f"- {json.dumps(c.label)}" for c in (new_base, post)),
+        "base_model_relation: merge",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- paramdelta",
+        "---",
+        "",
+        f"# {new_base.label} with the post-training of {post.label}",
+        "",
+        f"The weights are `{new_base.label} + alpha · ({post.label} − {base.label})` with alpha = {scale}, computed in",
+        "binary64 and rounded once. Tokenizer, chat template and generation config are those of",
+        f"{post.label}. `{RECORD}` says in detail what was done; `paramdelta verify` checks it.",
+        "",
+        "The method is ParamΔ ([arXiv 2504.21023](https://arxiv.org/abs/2504.21023)). Licences and terms of all three",
+        "models apply.",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _same_text(a: Checkpoint, b: Checkpoint, name: str) -> bool:
+    return name in b.side_files and (a.path / name).read_bytes() == (b.path / name).read_bytes()

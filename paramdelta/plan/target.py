@@ -1,0 +1,47 @@
+"""Checks where the output is to go, before anything is written: inputs are never touched, outputs never replaced unasked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from paramdelta.errors import Complaint
+from paramdelta.plan.request import ROLES, MergeRequest
+from paramdelta.plan.sidefiles import RECORD
+
+
+def check_target(request: MergeRequest) -> list[Complaint]:
+    """Return what is wrong with the output folder."""
+    if request.out is None:
+        return []
+    out = request.out
+    wrong = [c for role in ROLES if (c := _overlap(out, request.folder(role), role)) is not None]
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        wrong.append(Complaint(str(out), f"its parent folder {parent} does not exist", f"mkdir -p {parent}"))
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        wrong.append(Complaint(str(out), f"its parent folder {parent} cannot be written to"))
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        wrong.append(Complaint(str(out), "exists and is not a folder", "name another --out"))
+    elif out.is_dir() and not request.overwrite:
+        wrong.append(Complaint(str(out), "exists already", "--overwrite replaces it, or name another --out"))
+    elif out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        wrong.append(
+            Complaint(
+                str(out),
+                f"--overwrite replaces only folders that a merge wrote, and this one has no {RECORD}",
+                "remove it yourself, or name another --out",
+            )
+        )
+    return wrong
+
+
+def _overlap(out: Path, folder: Path, role: str) -> Complaint | None:
+    target, source = out.resolve(), folder.resolve()
+    if target == source:
+        return Complaint(str(out), f"is {role} itself: inputs are never written to", "name another --out")
+    if source in target.parents:
+        return Complaint(str(out), f"lies inside {role}: inputs are never written to", "name another --out")
+    if target in source.parents:
+        return Complaint(str(out), f"contains {role}: it would be replaced with it", "name another --out")
+    return None
