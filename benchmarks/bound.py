@@ -24,45 +24,46 @@ SOURCE = Path(__file__).with_name("bound.cpp")
 CACHE = SOURCE.parents[1] / "build" / "benchmarks"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
 
-# Starts of the four streams within a page, in bytes: at equal page offsets a load waits for an earlier store whose
-# lowest 12 address bits match (4K aliasing), which costs up to half of the bandwidth.
-STAGGER = (0, 1088, 2176, 3264)
+# Every stream begins this much further into its page than the one before, in bytes: at equal page offsets a load
+# waits for an earlier store whose lowest 12 address bits match (4K aliasing). A multiple of the cache line.
+STAGGER = 1088
+PAGE = 4096
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Memory of one measurement: equally long post, base, new_base and out, and the slab that owns them."""
+    """Memory of one measurement: three or more inputs, one output, and the slab that owns them."""
 
-    post: Bytes
-    base: Bytes
-    new_base: Bytes
+    inputs: tuple[Bytes, ...]
     out: Bytes
     slab: Bytes = field(repr=False)
 
 
-def allocate(nbytes: int, offsets: Sequence[int] = STAGGER, *, sizes: Sequence[int] | None = None) -> Buffers:
-    """Return four arrays in one slab, every page touched, each beginning at its offset within a page.
+def allocate(sizes: Sequence[int], *, stagger: int = STAGGER, shift: int = 0) -> Buffers:
+    """Return streams of ``sizes`` bytes (the inputs, then the output) in one slab with every page touched.
 
-    ``sizes`` gives the lengths in bytes where they differ; otherwise each has ``nbytes``.
+    Stream i begins ``(i * stagger + shift) % 4096`` bytes into a page.
     """
-    lengths = tuple(sizes or (nbytes,) * 4)
-    page = 4096
-    rooms = [-(-(length + max(offsets)) // page) * page + page for length in lengths]
-    slab = np.empty(sum(rooms) + page, dtype=np.uint8)
+    offsets = [(i * stagger + shift) % PAGE for i in range(len(sizes))]
+    rooms = [-(-(size + offset) // PAGE) * PAGE for size, offset in zip(sizes, offsets, strict=True)]
+    slab = np.empty(sum(rooms) + PAGE, dtype=np.uint8)
     slab.fill(1)  # touches every page
-    at = -slab.ctypes.data % page
-    views = []
-    for length, room, offset in zip(lengths, rooms, offsets, strict=True):
-        views.append(slab[at + offset : at + offset + length])
+    at = -slab.ctypes.data % PAGE
+    streams = []
+    for size, room, offset in zip(sizes, rooms, offsets, strict=True):
+        streams.append(slab[at + offset : at + offset + size])
         at += room
-    return Buffers(*views, slab=slab)
+    return Buffers(tuple(streams[:-1]), streams[-1], slab)
 
 
 def compiler() -> str | None:
     """Return the C++ compiler: what CXX names, or g++, c++ or clang++, whichever is found first."""
-    return next((found for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c and (found := shutil.which(c))), None)
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    return None
 
 
 def why_not() -> str | None:
@@ -100,13 +101,17 @@ def variants() -> dict[str, int]:
 
 
 def run(variant: int, buffers: Buffers, threads: int) -> float:
-    """Make one pass and return its bytes per second: four times the length of a stream over the time."""
-    nbytes = min(buffers.post.nbytes, buffers.base.nbytes, buffers.new_base.nbytes, buffers.out.nbytes) // 4096 * 4096
+    """Make one pass over the first three inputs and the output; return its bytes per second.
+
+    The output is written from its first cache line on (non-temporal stores need whole lines), all streams as far
+    as the shortest reaches. Four times that length over the time is the result.
+    """
+    skip = -buffers.out.ctypes.data % 64
+    lengths = [stream.nbytes for stream in buffers.inputs[:3]] + [buffers.out.nbytes - skip]
+    nbytes = min(lengths) // 4096 * 4096
     if nbytes == 0:
-        raise ValueError("the bound needs at least 4096 bytes in each stream")
-    if buffers.out.ctypes.data % 64:
-        raise ValueError("out must begin at a multiple of 64 bytes: non-temporal stores need it")
-    addresses = [b.ctypes.data for b in (buffers.post, buffers.base, buffers.new_base, buffers.out)]
+        raise ValueError("the bound needs 4096 bytes of whole cache lines in each stream")
+    addresses = [stream.ctypes.data for stream in buffers.inputs[:3]] + [buffers.out.ctypes.data + skip]
     return 4 * nbytes / float(_library().bound_run(variant, threads, *addresses, nbytes))
 
 

@@ -49,11 +49,11 @@ def stream(
     InputError, StorageError : as :func:`paramdelta.merge`, the first at once, before a tensor is yielded
     NonFiniteError : as soon as a batch has NaN, Inf or overflow, unless ``allow_nonfinite``
     """
-    from paramdelta.plan import MergeRequest
+    from paramdelta.plan import make_request
 
     if framework not in ("np", "pt"):
         raise OperandError(f"framework: expected 'np' or 'pt', got {framework!r}")
-    request = MergeRequest.build(post=post, base=base, new_base=new_base, out=None, **policies)
+    request = make_request(post=post, base=base, new_base=new_base, out=None, **policies)
     options = engine.EngineOptions(threads=threads, memory=memory, isa=isa)
     return _batches(prepare(request), framework, options, batch_bytes)
 

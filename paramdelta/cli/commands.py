@@ -72,7 +72,7 @@ def merge(as_json: bool, quiet: bool, threads: int | None, memory: str | None, i
         present.merge_report(report)
 
 
-@cli.command()
+@cli.command(short_help="Say what a merge would do; write nothing.")
 @options.inputs(required=True)
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="The folder that would be written.")
 @options.policies
@@ -92,7 +92,7 @@ def plan(as_json: bool, quiet: bool, **request: Any) -> None:
         present.plan(made)
 
 
-@cli.command()
+@cli.command(short_help="Show what a checkpoint folder holds.")
 @click.argument("folder", type=options.FOLDER, metavar="DIR")
 @options.output
 def inspect(folder: str, as_json: bool, quiet: bool) -> None:
@@ -107,7 +107,7 @@ def inspect(folder: str, as_json: bool, quiet: bool) -> None:
         present.checkpoint(description)
 
 
-@cli.command()
+@cli.command(short_help="Recompute a merged folder from its sources.")
 @click.argument("out", type=options.FOLDER, metavar="OUT")
 @options.inputs(required=True)
 @click.option("--all", "everything", is_flag=True, help="Recompute every element instead of a sample of each tensor.")
@@ -127,7 +127,7 @@ def verify(out: str, post: str, base: str, new_base: str, everything: bool, as_j
         raise click.exceptions.Exit(1)
 
 
-@cli.command()
+@cli.command(short_help="Make, merge and verify three small checkpoints.")
 @click.argument("folder", type=options.FOLDER, metavar="DIR", default="paramdelta-demo")
 @click.option("--overwrite", is_flag=True, help="Replace the folder of an earlier demo.")
 @options.output

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paramdelta.cli.render import human_bytes, human_seconds, print_columns, print_table, print_warnings, say
+from paramdelta.cli.render import count, human_bytes, human_seconds, print_columns, print_table, print_warnings, say
 
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
@@ -20,9 +20,9 @@ _PROBE_BYTES = 256 << 20
 
 def request_of(options: dict[str, Any]) -> MergeRequest:
     """Return the request that the command line's options spell; all that is wrong with them in one InputError."""
-    from paramdelta.plan import MergeRequest
+    from paramdelta.plan import make_request
 
-    return MergeRequest.build(**options)
+    return make_request(**options)
 
 
 def engine_options(threads: int | None, memory: str | None, isa: str | None) -> EngineOptions:
@@ -40,18 +40,18 @@ def merge_report(report: MergeReport) -> None:
     moved = report.bytes_read + report.bytes_written
     rows = [
         ("result", str(report.out)),
-        ("parameters", f"{report.parameters:,} in {report.tensors:,} tensors, {report.files} files"),
+        ("parameters", f"{report.parameters:,} in {count(report.tensors, 'tensor')}, {count(report.files, 'file')}"),
         ("tensors", tensor_summary(report.policies)),
         ("moved", f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"),
         ("time", f"{human_seconds(report.seconds)}, {human_bytes(moved / max(report.engine_seconds, 1e-9))}/s"),
         (
             "engine",
-            f"{report.threads} thread{'s' if report.threads != 1 else ''}, {report.isa}, "
+            f"{count(report.threads, 'thread')}, {report.isa}, "
             f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
         ),
     ]
     if report.nonfinite:
-        rows.append(("not finite", f"{len(report.nonfinite)} tensors (allowed)"))
+        rows.append(("not finite", f"{count(len(report.nonfinite), 'tensor')} (allowed)"))
     print_table("merged", rows)
 
 
@@ -64,10 +64,10 @@ def tensor_summary(policies: dict[str, Any]) -> str:
 def plan(plan: Plan) -> None:
     """Print what a merge would do, and the least time it could take here."""
     rows = [
-        ("parameters", f"{plan.parameters:,} in {len(plan.names):,} tensors"),
+        ("parameters", f"{plan.parameters:,} in {count(len(plan.names), 'tensor')}"),
         ("tensors", tensor_summary(plan.policies)),
         ("reads", human_bytes(plan.bytes_read)),
-        ("writes", f"{human_bytes(plan.bytes_written)} in {len(plan.work.outputs)} files"),
+        ("writes", f"{human_bytes(plan.bytes_written)} in {count(len(plan.work.outputs), 'file')}"),
     ]
     bound = lower_bound(plan)
     if bound is not None:
@@ -112,7 +112,7 @@ def checkpoint(description: dict[str, Any]) -> None:
     rows = [
         (name.replace("_", " "), _value(name, value))
         for name, value in description.items()
-        if not isinstance(value, list | dict) and value is not None
+        if not isinstance(value, list | dict) and value is not None and name not in ("version", "kind")
     ]
     rows += [
         (name.replace("_", " "), ", ".join(map(str, value)))
@@ -148,7 +148,7 @@ def verify_report(report: VerifyReport) -> None:
         "verified" if not report.problems else "NOT what these sources give",
         [
             ("folder", str(report.out)),
-            ("tensors", f"{report.tensors:,} compared, all present" if not report.problems else f"{report.tensors:,} compared"),
+            ("tensors", f"{report.tensors:,} compared"),
             ("elements", f"{report.elements:,} recomputed by the reference ({report.fraction:.1%} of all)"),
             ("files", f"{report.files:,} checked"),
             ("problems", str(len(report.problems)) if report.problems else "none: bit-equal"),
@@ -158,10 +158,9 @@ def verify_report(report: VerifyReport) -> None:
 
 def demo_end(folder: Path) -> None:
     """Print what a person may try next."""
-    shown_folder = os.path.relpath(folder)
     say(
         "Try it yourself:\n"
-        f"  paramdelta inspect {shown_folder}/merged\n"
-        f"  paramdelta merge --post {shown_folder}/post --base {shown_folder}/base "
-        f"--new-base {shown_folder}/new_base --out {shown_folder}/half --alpha 0.5"
+        f"  paramdelta inspect {folder}/merged\n"
+        f"  paramdelta merge --post {folder}/post --base {folder}/base --new-base {folder}/new_base "
+        f"--out {folder}/half --alpha 0.5"
     )

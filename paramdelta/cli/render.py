@@ -33,6 +33,11 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def count(number: int, noun: str) -> str:
+    """Return ``1 file``, ``1,200 files``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def say(text: str = "", *, err: bool = False) -> None:
     """Print one line; a reader that has gone away (a closed pipe) is no error of the merge."""
     stream = sys.stderr if err else sys.stdout
@@ -45,8 +50,7 @@ def print_error(error: ParamDeltaError) -> None:
     if isinstance(error, InputError):
         for complaint in error.complaints:
             say(f"error: {complaint}", err=True)
-        count = len(error.complaints)
-        say(f"{count} problem{'s' if count != 1 else ''}; nothing was written.", err=True)
+        say(f"{count(len(error.complaints), 'problem')}; nothing was written.", err=True)
     else:
         say(f"error: {error}", err=True)
 

@@ -10,7 +10,7 @@ from paramdelta import merging, verification
 from paramdelta.cli import present, render
 from paramdelta.demo import write_demo
 from paramdelta.errors import Complaint, InputError
-from paramdelta.plan import MergeRequest
+from paramdelta.plan import make_request
 
 _MARK = "paramdelta-demo.txt"
 _ROLES = ("post", "base", "new_base")
@@ -32,7 +32,7 @@ def run_demo(folder: Path, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
             size = sum(p.stat().st_size for p in path.iterdir())
             render.say(f"  {role:9}{path}  {render.human_bytes(size)}")
         render.say("\nmerged = new_base + 1.0 · (post − base)")
-    request = MergeRequest.build(**sources, out=folder / "merged")
+    request = make_request(**sources, out=folder / "merged")
     plan = merging.prepare(request)
     render.print_warnings(plan.warnings)
     report = merging.run_merge(plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from paramdelta.plan.sidefiles import CARD, RECORD, SideFile, carried_files, mod
 from paramdelta.plan.target import check_target
 from paramdelta.plan.work import Work
 
-__all__ = ["Kind", "MergeRequest", "Plan", "SideFile", "Work", "make_plan", "open_all"]
+__all__ = ["Kind", "MergeRequest", "Plan", "SideFile", "Work", "make_plan", "make_request", "open_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,26 +136,46 @@ class Plan:
         }
 
 
+def make_request(**options: Any) -> MergeRequest:
+    """Build a request as :meth:`MergeRequest.build` does. Where it is wrong, the folders it names are looked at too, so
+    that one run shows everything. Raises PlanError."""
+    try:
+        return MergeRequest.build(**options)
+    except PlanError as error:
+        folders = {key: options[key] for key in (*ROLES, "out", "overwrite") if key in options}
+        try:
+            open_all(MergeRequest.build(**folders))
+        except PlanError as more:
+            raise PlanError([*error.complaints, *more.complaints]) from None
+        raise
+
+
 def open_all(request: MergeRequest) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
-    """Open post, base and new_base; raise PlanError with the complaints about all three and about the output folder."""
-    wrong = check_target(request)
+    """Open post, base and new_base. Where one cannot be opened, raise PlanError with the complaints about all three and
+    about the output folder."""
+    wrong: list[Complaint] = []
     opened: list[Checkpoint] = []
     for role in ROLES:
         try:
             opened.append(open_checkpoint(request.folder(role), role=role))
         except CheckpointError as error:
             wrong += error.complaints
-    for checkpoint in opened:
-        wrong += quantisation_complaint(checkpoint)
     if wrong:
-        raise PlanError(wrong)
+        raise PlanError([*check_target(request), *wrong, *_quantised(opened)])
     post, base, new_base = opened
     return post, base, new_base
 
 
+def _quantised(checkpoints: Sequence[Checkpoint]) -> list[Complaint]:
+    return [complaint for c in checkpoints for complaint in quantisation_complaint(c)]
+
+
 def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> Plan:
     """Plan a merge from three open checkpoints. Raises PlanError with every complaint there is."""
-    wrong: list[Complaint] = []
+    wrong = check_target(request)
+    quantised = _quantised((post, base, new_base))
+    if quantised:  # their names would not pair, for a reason already given
+        raise PlanError([*wrong, *quantised])
     names = [renamed(c, request.renames(c.role), wrong) for c in (post, base, new_base)]
     pairing = pair(request, *names, wrong)
     if wrong:

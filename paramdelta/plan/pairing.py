@@ -209,12 +209,9 @@ def _left_alone(request: MergeRequest) -> Callable[[str], bool]:
 
 
 def _alpha_of(request: MergeRequest) -> Callable[[str], float]:
-    rules = [(matcher([rule.glob]), rule.value) for rule in reversed(request.alphas) if rule.glob != "*"]
-    default = next(rule.value for rule in reversed(request.alphas) if rule.glob == "*")
-    # A "*" rule hides every rule before it.
-    last_star = max(i for i, rule in enumerate(request.alphas) if rule.glob == "*")
-    rules = rules[: len(request.alphas) - 1 - last_star]
-    return lambda name: next((value for matches, value in rules if matches(name)), default)
+    everywhere, *special = request.alphas
+    rules = [(matcher([rule.glob]), rule.value) for rule in reversed(special)]
+    return lambda name: next((value for matches, value in rules if matches(name)), everywhere.value)
 
 
 def _same_but_rows(shapes: list[tuple[int, ...]]) -> bool:
@@ -310,7 +307,7 @@ def _complaints(problems: _Problems, request: MergeRequest) -> list[Complaint]:
 
 def _unmatched_globs(request: MergeRequest, all_names: tuple[Names, ...]) -> list[Complaint]:
     options = [("--include", g) for g in request.include] + [("--exclude", g) for g in request.exclude]
-    options += [("--alpha", rule.glob) for rule in request.alphas if rule.glob != "*"]
+    options += [("--alpha", rule.glob) for rule in request.alphas[1:]]
     found = []
     for option, glob in options:
         matches = matcher([glob])

@@ -40,7 +40,7 @@ class Rename:
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
     """One merge, checked. Build it with :meth:`build`; every field is part of the result's identity except ``out``,
-    ``overwrite`` and ``allow_nonfinite``."""
+    ``overwrite`` and ``allow_nonfinite``. ``alphas`` starts with the rule for every tensor, ``*``."""
 
     post: Path
     base: Path
@@ -96,7 +96,7 @@ class MergeRequest:
             base=Path(base),
             new_base=Path(new_base),
             out=None if out is None else Path(out),
-            alphas=(AlphaRule("*", 1.0), *rules),
+            alphas=_effective(rules),
             include=_strings(include),
             exclude=_strings(exclude),
             copy_from=_choice("--copy-from", copy_from, COPY_FROM, wrong),
@@ -134,7 +134,7 @@ class MergeRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what decides the result, without paths, as JSON-ready values that :meth:`build` takes back."""
-        alphas = [f"{rule.glob}={rule.value!r}" for rule in self.alphas[1:]]
+        alphas = [f"{rule.glob}={rule.value!r}" for rule in self.alphas]
         return {
             "alphas": alphas,
             "include": list(self.include),
@@ -188,6 +188,13 @@ def _alpha_rule(glob: str, value: Any, wrong: list[Complaint]) -> list[AlphaRule
         wrong.append(Complaint("--alpha", f"expected a finite number, got {number}"))
         return []
     return [AlphaRule(glob, number)]
+
+
+def _effective(rules: list[AlphaRule]) -> tuple[AlphaRule, ...]:
+    """Drop the rules that a later rule for every tensor hides; the first of what is left is that rule."""
+    rules = [AlphaRule("*", 1.0), *rules]
+    last = max(i for i, rule in enumerate(rules) if rule.glob == "*")
+    return tuple(rules[last:])
 
 
 def _renames(option: str, values: Any, wrong: list[Complaint]) -> tuple[Rename, ...]:

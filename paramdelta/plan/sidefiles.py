@@ -103,8 +103,8 @@ def record(request: MergeRequest, checkpoints: Sequence[Checkpoint], policies: d
 
 def model_card(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> bytes:
     """Return the model card: metadata that the Hub reads, and what was done, in words."""
-    alphas = [r for r in request.alphas[1:]]
-    scale = "1" if not alphas else ", ".join(f"{r.value:g} for `{r.glob}`" for r in alphas)
+    everywhere, *special = request.alphas
+    scale = ", ".join([f"{everywhere.value:g}", *(f"{r.value:g} for `{r.glob}`" for r in special)])
     lines = [
         "---",
         "base_model:",

@@ -1,0 +1,254 @@
+"""Checks a merged folder against its sources by another way than it was made: tensors are read through the safetensors
+library, by name, and recomputed by :mod:`paramdelta.reference`. Only the plan's decisions (what happens to which tensor) are
+shared with the merge, and those come from the request that the folder itself records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives NumPy the name bfloat16, which safetensors asks it for)
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from paramdelta import reference
+from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
+from paramdelta.dtypes import DTYPES, DType
+from paramdelta.errors import CheckpointError, Complaint, InputError, shown
+from paramdelta.merging import prepare
+from paramdelta.plan import Kind, MergeRequest, Plan, make_request
+from paramdelta.plan.pairing import NONE
+from paramdelta.plan.sidefiles import RECORD
+from paramdelta.report import JSON_VERSION
+
+SAMPLE_ROWS = 8  # of each tensor, spread over it; the first and the last are always among them
+_CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was compared and what is wrong; ``problems`` is empty where everything is bit-equal."""
+
+    out: Path
+    tensors: int
+    elements: int
+    fraction: float
+    files: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {"version": JSON_VERSION, "kind": "verify", **asdict(self), "out": str(self.out)}
+
+
+def verify(
+    out: str | Path, *, post: str | Path, base: str | Path, new_base: str | Path, everything: bool = False
+) -> VerifyReport:
+    """Check the folder ``out`` against the three folders it was made from.
+
+    Names, types, shapes, the index and the side files must be those the recorded request gives; the values of every
+    tensor, or of rows spread over it unless ``everything``, must be bit-equal to the reference.
+
+    Raises InputError where ``out`` is no merged folder or the sources cannot be merged.
+    """
+    out = Path(out)
+    plan = prepare(_recorded_request(out, post, base, new_base))
+    try:
+        made = open_checkpoint(out, role="out")
+    except CheckpointError as error:
+        problems = [str(c) for c in error.complaints]
+        return VerifyReport(
+            out=out, tensors=0, elements=0, fraction=0.0, files=0, problems=tuple(problems), notes=plan.warnings
+        )
+    problems = [*_file_problems(plan, out), *_header_problems(plan, made)]
+    elements = 0
+    if not problems:
+        with _Readers() as readers:
+            for tensor in range(len(plan.names)):
+                checked, problem = _check_tensor(plan, made, tensor, readers, everything)
+                elements += checked
+                problems += [problem] if problem else []
+    return VerifyReport(
+        out=out,
+        tensors=len(plan.names),
+        elements=elements,
+        fraction=elements / max(plan.parameters, 1),
+        files=len(plan.work.outputs) + len(plan.side_files) + (plan.index is not None),
+        problems=tuple(problems),
+        notes=plan.warnings,
+    )
+
+
+def _recorded_request(out: Path, post: str | Path, base: str | Path, new_base: str | Path) -> MergeRequest:
+    path = out / RECORD
+    try:
+        recorded = json.loads(path.read_text())["request"]
+        recorded = {k: [tuple(r) for r in v] if k.startswith("rename_") else v for k, v in recorded.items()}
+        return make_request(post=post, base=base, new_base=new_base, **recorded)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            Complaint(str(path), f"does not say how the folder was made: {error}", "verify takes folders merge wrote")
+        ) from error
+
+
+def _file_problems(plan: Plan, out: Path) -> Iterator[str]:
+    """Compare index and side files byte for byte, and look for files that should not be there."""
+    expected = {name for name, _ in plan.work.outputs}
+    for name, content in plan.written_files():
+        expected.add(name)
+        path = out / name
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        if not path.is_file():
+            yield f"{shown(name)}: missing"
+        elif path.read_bytes() != data:
+            yield f"{shown(name)}: is not what the sources give"
+    for path in sorted(out.iterdir()):
+        if path.name not in expected:
+            yield f"{shown(path.name)}: was not written by the merge"
+
+
+def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:
+    table = made.tensors
+    sizes = {f.name: f.size for f in made.files}
+    for name, size in plan.work.outputs:
+        if sizes.get(name) != size:
+            yield f"{shown(name)}: {sizes.get(name, 0):,} bytes, expected {size:,}"
+    for tensor, name in enumerate(plan.names):
+        if name not in table:
+            yield f"{shown(name)}: missing"
+            continue
+        spec = table.spec(name)
+        expected = (plan.dtype_of(tensor), plan.shape_of(tensor), plan.work.outputs[plan.out_files[tensor]][0])
+        found = (spec.dtype, spec.shape, made.files[spec.file].name)
+        if found != expected:
+            yield f"{shown(name)}: is {found[0]} {list(found[1])} in {found[2]}, expected {expected[0]} {list(expected[1])} in {expected[2]}"
+    extra = set(table.names) - set(plan.names)
+    if extra:
+        yield f"{len(extra)} tensors that the merge does not make: {shown(sorted(extra)[0])}"
+    if plan.index is not None and not (made.path / INDEX).is_file():
+        yield f"{INDEX}: missing"
+
+
+class _Readers:
+    """Tensors of checkpoints by name, through the safetensors library; files stay open while it lives."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.__exit__(None, None, None)
+
+    def codes(self, checkpoint: Checkpoint, row: int, first: int, last: int) -> NDArray[Any]:
+        """Return rows ``first`` … ``last`` − 1 of a tensor as stored codes, flat."""
+        table = checkpoint.tensors
+        name, dtype, path = table.names[row], table.dtype_of(row), checkpoint.files[table.file[row]].path
+        if dtype.bits % 8 or dtype.name.startswith("f8") or dtype.name == "c64":
+            return _raw_codes(path, name, dtype, table.shapes[row], first, last)
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="np").__enter__()
+        file = self._open[path]
+        shape = table.shapes[row]
+        array = file.get_slice(name)[first:last] if shape and 0 not in shape else file.get_tensor(name)
+        flat: NDArray[Any] = np.ascontiguousarray(array).reshape(-1)
+        return flat.view(np.dtype(f"u{dtype.itemsize}"))
+
+
+def _raw_codes(
+    path: Path, name: str, dtype: DType, shape: tuple[int, ...], first: int, last: int
+) -> NDArray[Any]:
+    """Read a tensor whose type the library's NumPy front end does not know: bytes, by its other entry."""
+    from safetensors import deserialize
+
+    info = dict(deserialize(path.read_bytes()))[name]
+    data = np.frombuffer(bytes(info["data"]), np.uint8)
+    rows = max(shape[0] if shape else 1, 1)
+    width = len(data) // rows
+    data = data[first * width : last * width] if shape else data
+    return data if dtype.bits % 8 else data.view(np.dtype(f"u{dtype.itemsize}"))
+
+
+def _row_ranges(shape: tuple[int, ...], everything: bool) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows to compare, of at most a million elements each."""
+    rows = shape[0] if shape else 1
+    width = int(np.prod(shape[1:])) if shape else 1
+    if rows * width == 0:
+        return
+    if everything or rows * width <= SAMPLE_ROWS * 4096:
+        step = max(1, _CHUNK_ELEMENTS // max(width, 1))
+        for first in range(0, rows, step):
+            yield first, min(first + step, rows)
+    else:
+        count = max(1, min(SAMPLE_ROWS, rows)) if width > 1 else 1
+        run = 1 if width > 1 else 4096
+        for first in np.unique(np.linspace(0, rows - run, max(count, 2)).astype(int)).tolist():
+            yield first, first + run
+
+
+def _check_tensor(
+    plan: Plan, made: Checkpoint, tensor: int, readers: _Readers, everything: bool
+) -> tuple[int, str | None]:
+    """Compare one tensor; return the number of elements compared and what is wrong."""
+    shape, row = plan.shape_of(tensor), made.tensors.row(plan.names[tensor])
+    width = int(np.prod(shape[1:])) if shape else 1
+    checked = 0
+    for first, last in _row_ranges(shape, everything):
+        expected = _expected(plan, tensor, readers, first, last)
+        found = readers.codes(made, row, first, last)
+        checked += (last - first) * width
+        wrong = np.flatnonzero(expected != found)
+        if len(wrong):
+            at = first * width + int(wrong[0])
+            return checked, (
+                f"{shown(plan.names[tensor])}: {len(wrong):,} of {len(found):,} elements differ in rows "
+                f"{first}…{last - 1}, the first at element {at:,}: "
+                f"expected bits {int(expected[wrong[0]]):x}, found {int(found[wrong[0]]):x}"
+            )
+    return checked, None
+
+
+def _expected(plan: Plan, tensor: int, readers: _Readers, first: int, last: int) -> NDArray[Any]:
+    """Recompute rows of an output tensor from the sources."""
+    i = int(plan.layout.order[tensor])
+    pairing, dtype = plan.pairing, plan.dtype_of(tensor)
+    kind = pairing.kinds[i]
+    donor, row = (plan.post, pairing.post[i]) if kind == Kind.FROM_POST else (plan.new_base, pairing.new_base[i])
+    if kind in (Kind.FROM_NEW_BASE, Kind.FROM_POST):
+        codes = readers.codes(donor, row, first, last)
+        stored = donor.tensors.dtype_of(row)
+        if stored == dtype:
+            return codes
+        return reference.merge(reference.Array(codes, stored), [], dtype).codes
+    width = int(np.prod(plan.shape_of(tensor)[1:])) if plan.shape_of(tensor) else 1
+    size = (last - first) * width
+    new, _ = _operand(readers, plan.new_base, row, first, last, size)
+    post, in_post = _operand(readers, plan.post, pairing.post[i], first, last, size)
+    base, _ = _operand(readers, plan.base, pairing.base[i], first, last, size)
+    if not in_post.any():
+        return reference.merge(new, [], dtype, size).codes
+    merged = reference.merge(new, [reference.Term(post, base, pairing.alphas[i])], dtype, size).codes
+    untouched = reference.merge(new, [], dtype, size).codes
+    return np.where(in_post, merged, untouched)
+
+
+def _operand(
+    readers: _Readers, checkpoint: Checkpoint, row: int, first: int, last: int, size: int
+) -> tuple[reference.Array, NDArray[np.bool_]]:
+    """Return rows of an operand, zeros for those its tensor lacks, and which elements it has."""
+    assert row != NONE
+    shape, dtype = checkpoint.tensors.shapes[row], DTYPES[checkpoint.tensors.dtype[row]]
+    have = shape[0] if shape else 1
+    present = readers.codes(checkpoint, row, first, min(last, have)) if first < have else np.empty(0, np.uint8)
+    codes = np.zeros(size, np.dtype(f"u{dtype.itemsize}"))
+    codes[: len(present)] = present
+    return reference.Array(codes, dtype), np.arange(size) < len(present)
