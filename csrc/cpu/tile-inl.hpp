@@ -41,11 +41,13 @@ inline float widen(std::uint32_t code) {
   } else {
     // The exponent field is moved to binary32's place and rebiased by an exact product, which also turns the format's
     // subnormals into normal numbers.
-    const std::uint32_t sign = (code & F::sign) << (32 - F::width);
-    const std::uint32_t magnitude = code & (F::sign - 1);
+    constexpr std::uint32_t sign_bit = static_cast<std::uint32_t>(F::sign);
+    constexpr std::uint32_t largest = static_cast<std::uint32_t>(F::largest);
+    const std::uint32_t sign = (code & sign_bit) << (32 - F::width);
+    const std::uint32_t magnitude = code & (sign_bit - 1);
     const float rebias = bits_as<float>(static_cast<std::uint32_t>(127 + 127 - F::bias) << 23);
     const float value = bits_as<float>(magnitude << (23 - F::mantissa)) * rebias;
-    const std::uint32_t special = magnitude > F::largest ? (F::has_inf ? 0x7F800000u : 0x7FC00000u) : 0u;
+    const std::uint32_t special = magnitude > largest ? (F::has_inf ? 0x7F800000u : 0x7FC00000u) : 0u;
     return bits_as<float>(bits_as<std::uint32_t>(value) | special | sign);
   }
 }
