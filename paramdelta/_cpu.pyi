@@ -13,3 +13,12 @@ def merge(
     threads: int,
     isa: str | None,
 ) -> tuple[int, int, int]: ...
+def norms(
+    *,
+    post: tuple[int, int],
+    base: tuple[int, int],
+    new_base: tuple[int, int],
+    count: int,
+    threads: int,
+    isa: str | None,
+) -> tuple[float, float, float, float]: ...

@@ -15,6 +15,13 @@ struct Operand {
   DType dtype = DType::f32;
 };
 
+// The operand from its element number `elements` on.
+inline Operand advanced(Operand operand, std::size_t elements) {
+  if (operand.data != nullptr)
+    operand.data = static_cast<const unsigned char*>(operand.data) + elements * size_of(operand.dtype);
+  return operand;
+}
+
 struct Term {
   Operand post;
   Operand base;

@@ -1,8 +1,9 @@
-// What each instruction set's translation unit provides: the loops of merge-inl.hpp, compiled for that set.
+// What each instruction set's translation unit provides: the loops of merge-inl.hpp and norms-inl.hpp, compiled for it.
 #pragma once
 
 #include "core/expression.hpp"
 #include "cpu/merge.hpp"
+#include "cpu/norms.hpp"
 
 #if defined(__x86_64__)
 #define PARAMDELTA_X86 1
@@ -20,13 +21,19 @@ namespace paramdelta::cpu {
 // Terms with alpha == 0 are gone, and the floating-point mode is set.
 namespace scalar {
 Counts merge_range(const Merge& job, Store store);
+void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
+                     NormSums& sums);
 }
 #if PARAMDELTA_X86
 namespace avx2 {
 Counts merge_range(const Merge& job, Store store);
+void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
+                     NormSums& sums);
 }
 namespace avx512 {
 Counts merge_range(const Merge& job, Store store);
+void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
+                     NormSums& sums);
 }
 #endif
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from paramdelta.backends import Capabilities, Counts, Operand, Term
+from paramdelta.backends import Capabilities, Counts, Norms, Operand, Term
 from paramdelta.dtypes import MERGE_DTYPES
 
 # Outputs from this size on bypass the cache: with its three inputs, a merge of this size has left the last-level cache
@@ -30,7 +30,7 @@ def capabilities() -> Capabilities:
         inputs=MERGE_DTYPES,
         outputs=MERGE_DTYPES,
         variants=tuple(_extension().available_isas()),
-        norms=False,
+        norms=True,
     )
 
 
@@ -58,6 +58,22 @@ def merge(
             out=(out.address, out.dtype.code),
             count=count,
             streamed=streamed,
+            threads=threads,
+            isa=isa,
+        )
+    )
+
+
+def norms(
+    post: Operand, base: Operand, new_base: Operand, count: int, *, threads: int, isa: str | None = None
+) -> Norms:
+    """Return the norms of ``count`` elements, which are the whole tensor, as ``ops.norms`` defines them."""
+    return Norms(
+        *_extension().norms(
+            post=(post.address, post.dtype.code),
+            base=(base.address, base.dtype.code),
+            new_base=(new_base.address, new_base.dtype.code),
+            count=count,
             threads=threads,
             isa=isa,
         )
