@@ -93,11 +93,9 @@ def test_operands_of_zeros(isa: str, dtype: DType, zeros: tuple[bool, ...]) -> N
         check(arrays[2], [reference.Term(arrays[0], arrays[1], alpha)], dtype, isa=isa, count=1500)
 
 
-@pytest.mark.parametrize("dtype", MERGE_DTYPES, ids=ids)
+@pytest.mark.parametrize("dtype", [d for d in MERGE_DTYPES if d != F64], ids=ids)  # f64 rounds nothing
 def test_encode_near_every_boundary(isa: str, dtype: DType) -> None:
     """The middle between every two neighbouring codes (or many), one step of binary64 to both sides, and tiny offsets."""
-    if dtype == F64:
-        pytest.skip("f64 is its own binary64: nothing is rounded")
     form = reference.FORMATS[dtype.name]
     count = form.largest + 1
     codes = np.arange(count, dtype=np.uint64) if count <= 1 << 16 else np.random.default_rng(5).integers(0, count, 1 << 16)
