@@ -51,6 +51,4 @@ def test_the_stub_is_the_module() -> None:
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if not d.merges], ids=lambda d: d.name)
 def test_the_extension_refuses_dtypes_without_arithmetic(dtype: DType) -> None:
     with pytest.raises(ValueError, match="no arithmetic"):
-        _cpu.merge(
-            new_base=(0, dtype.code), terms=[], out=(1, 0), count=0, streamed=False, threads=1, isa=None
-        )
+        _cpu.merge(new_base=(0, dtype.code), terms=[], out=(1, 0), count=0, streamed=False, threads=1, isa=None)

@@ -26,7 +26,7 @@ def make(kind: str, values, dtype: DType = BF16):
         return array
     torch = pytest.importorskip("torch", reason="torch is not installed: its tensors cannot be tested")
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    raw = np.ascontiguousarray(array).view(f"u1" if dtype.itemsize == 1 else f"i{dtype.itemsize}")
+    raw = np.ascontiguousarray(array).view("u1" if dtype.itemsize == 1 else f"i{dtype.itemsize}")
     return torch.from_numpy(raw.copy()).view(integers).view(getattr(torch, dtype.numpy))
 
 
@@ -35,7 +35,11 @@ def bits(x) -> np.ndarray:
     if not isinstance(x, np.ndarray):
         import torch
 
-        x = x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).numpy()
+        x = (
+            x.contiguous()
+            .view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+            .numpy()
+        )
     return np.ascontiguousarray(x).view(f"u{x.itemsize}")
 
 
@@ -81,7 +85,13 @@ def test_the_result_is_of_new_bases_kind() -> None:
 def test_any_strides(kind: str) -> None:
     rng = np.random.default_rng(1)
     post, base, new_base = (make(kind, rng.normal(size=(6, 8, 10))) for _ in range(3))
-    views = [lambda x: x[::2, :, 1:9:3], lambda x: x.swapaxes(0, 2), lambda x: x[:, 0], lambda x: x[0:0], lambda x: x[1, 2, 3]]
+    views = [
+        lambda x: x[::2, :, 1:9:3],
+        lambda x: x.swapaxes(0, 2),
+        lambda x: x[:, 0],
+        lambda x: x[0:0],
+        lambda x: x[1, 2, 3],
+    ]
     for view in views:
         p, b, n = view(post), view(base), view(new_base)
         if not isinstance(n, (np.ndarray,)) and kind == "numpy":
@@ -229,7 +239,9 @@ def test_norms(kind: str) -> None:
     assert two[1].delta_squared == two[1].drift_squared == two[1].inner == want.drift_squared
     # Row-major order, whatever the strides.
     across = [x.T for x in (post, base, new_base)]
-    assert ops.norms(*across) == ops.norms(*(make(kind, np.ascontiguousarray(reference.decode(bits(x), BF16))) for x in across))
+    assert ops.norms(*across) == ops.norms(
+        *(make(kind, np.ascontiguousarray(reference.decode(bits(x), BF16))) for x in across)
+    )
     assert ops.norms(*(x[:0] for x in (post, base, new_base))) == (0.0, 0.0, 0.0, 0.0)
 
 
@@ -254,7 +266,8 @@ def test_laws(data: st.DataObject) -> None:
 
 def test_no_torch_without_tensors() -> None:
     code = (
-        "import sys, numpy as np; from paramdelta import ops; x = np.ones(3, np.float32); ops.merge(x, x, x, norms=True);"
+        "import sys, numpy as np; from paramdelta import ops;"
+        "x = np.ones(3, np.float32); ops.merge(x, x, x, norms=True);"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -48,7 +48,7 @@ struct Merge {
   Operand new_base;
   const Term* terms = nullptr;  // in the order in which they are added
   std::size_t n_terms = 0;
-  void* out = nullptr;          // may be exactly an operand's memory, never a part of it
+  void* out = nullptr;  // may be exactly an operand's memory, never a part of it
   DType out_dtype = DType::f32;
   std::size_t count = 0;
 };

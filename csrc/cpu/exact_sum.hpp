@@ -18,9 +18,12 @@ class ExactSum {
     const std::uint64_t bits = bits_as<std::uint64_t>(x);
     const int field = static_cast<int>((bits >> 52) & 0x7FF);
     if (field == 0x7FF) {
-      if (x != x) nan_ = true;
-      else if (x > 0) positive_inf_ = true;
-      else negative_inf_ = true;
+      if (x != x)
+        nan_ = true;
+      else if (x > 0)
+        positive_inf_ = true;
+      else
+        negative_inf_ = true;
       return;
     }
     const std::uint64_t fraction = bits & ((std::uint64_t{1} << 52) - 1);

@@ -43,8 +43,7 @@ inline std::uint32_t fast_bf16(float p, float b, float x, std::uint32_t& bad) {
 
 // Two elements per 32-bit word: the lower is shifted up, the upper is masked, and no lane ever moves.
 template <>
-inline bool fast_tile<DType::bf16>(const void* post, const void* base, const void* new_base, void* out,
-                                   std::size_t n) {
+inline bool fast_tile<DType::bf16>(const void* post, const void* base, const void* new_base, void* out, std::size_t n) {
   const Code32* ps = static_cast<const Code32*>(post);
   const Code32* bs = static_cast<const Code32*>(base);
   const Code32* ns = static_cast<const Code32*>(new_base);
@@ -72,7 +71,8 @@ static_assert(kStep % kBlock == 0, "a tile is whole blocks");
 inline void halves_to_floats(const Code16* in, float* out) {
 #if PARAMDELTA_TARGET == PARAMDELTA_AVX512
   for (std::size_t i = 0; i < kBlock; i += 16)
-    _mm512_storeu_ps(out + i, _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+    _mm512_storeu_ps(out + i,
+                     _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
 #elif PARAMDELTA_TARGET == PARAMDELTA_AVX2
   for (std::size_t i = 0; i < kBlock; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
@@ -103,8 +103,7 @@ inline void floats_to_halves(const float* in, Code16* out) {
 }
 
 template <>
-inline bool fast_tile<DType::f16>(const void* post, const void* base, const void* new_base, void* out,
-                                  std::size_t n) {
+inline bool fast_tile<DType::f16>(const void* post, const void* base, const void* new_base, void* out, std::size_t n) {
   alignas(64) float ps[kBlock], bs[kBlock], xs[kBlock];
   std::uint32_t bad = 0;
   std::uint32_t largest = 0;
@@ -128,8 +127,7 @@ inline bool fast_tile<DType::f16>(const void* post, const void* base, const void
 }
 
 template <>
-inline bool fast_tile<DType::f32>(const void* post, const void* base, const void* new_base, void* out,
-                                  std::size_t n) {
+inline bool fast_tile<DType::f32>(const void* post, const void* base, const void* new_base, void* out, std::size_t n) {
   const Code32* ps = static_cast<const Code32*>(post);
   const Code32* bs = static_cast<const Code32*>(base);
   const Code32* ns = static_cast<const Code32*>(new_base);

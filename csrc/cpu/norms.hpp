@@ -3,8 +3,9 @@
 //
 // Operands are rounded to binary32 (exact except for f64) and subtracted in binary32. A leaf is 4096 consecutive
 // elements from the tensor's start, zero-padded. Lane l of 256 adds the products of elements l, l + 256, … in order,
-// product and sum each rounded to binary32; lanes become binary64 and are added halves to halves, 128 + 128 down to one.
-// A tensor's sum is the correctly rounded sum of its leaves. A NaN in a leaf makes its sums NaN, and the maximum too.
+// product and sum each rounded to binary32; lanes become binary64 and are added halves to halves, 128 + 128 down to
+// one. A tensor's sum is the correctly rounded sum of its leaves. A NaN in a leaf makes its sums NaN, and the maximum
+// too.
 #pragma once
 
 #include "core/expression.hpp"

@@ -23,18 +23,18 @@ namespace scalar {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
-}
+}  // namespace scalar
 #if PARAMDELTA_X86
 namespace avx2 {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
-}
+}  // namespace avx2
 namespace avx512 {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
-}
+}  // namespace avx512
 #endif
 
 }  // namespace paramdelta::cpu

@@ -9,8 +9,9 @@ from types import ModuleType
 from paramdelta.backends import Capabilities, Counts, Norms, Operand, Term
 from paramdelta.dtypes import MERGE_DTYPES
 
-# Outputs from this size on bypass the cache: with its three inputs, a merge of this size has left the last-level cache
-# of a core's share long before it ends, and ordinary stores would first read every line that they replace.
+# Outputs from this size on bypass the cache: with its three inputs, a merge of this size has left the
+# last-level cache of a core's share long before it ends, and ordinary stores would first read every line that
+# they replace.
 STREAMED_FROM_BYTES = 8 << 20
 
 
@@ -46,8 +47,9 @@ def merge(
 ) -> Counts:
     """Write encode(new_base + Σ alpha · (post − base)) to ``out``, for ``count`` elements.
 
-    ``isa`` names one of ``capabilities().variants``; None takes the best, or what PARAMDELTA_ISA names. ``streamed``
-    says whether the output bypasses the cache; None decides by its size. Neither changes a bit of the result.
+    ``isa`` names one of ``capabilities().variants``; None takes the best, or what PARAMDELTA_ISA names.
+    ``streamed`` says whether the output bypasses the cache; None decides by its size. Neither changes a bit
+    of the result.
     """
     if streamed is None:
         streamed = count * out.dtype.itemsize >= STREAMED_FROM_BYTES

@@ -1,4 +1,4 @@
-"""How conformance is checked: one call of the kernels on stored codes, and a comparison that shows the first bad element."""
+"""How conformance is checked: a call of the kernels on stored codes, a comparison that shows the first bad one."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ import pytest
 
 from paramdelta import backends
 
-# Variants that a release must have been tested on; one that this machine lacks is reported, never passed over.
+# Variants that a release must have been tested on; one that this machine lacks is reported, never passed
+# over.
 REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
 

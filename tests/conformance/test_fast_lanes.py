@@ -81,7 +81,7 @@ def test_exponent_gaps(isa: str, dtype: DType) -> None:
     kind = reference.code_type(dtype)
     mantissas = np.array([0, 1, one - 1])
     moving = (fields[:, None] * one + mantissas).reshape(-1).astype(kind)
-    fixed = (np.array([middle, middle - form.mantissa - 1]) [:, None] * one + mantissas).reshape(-1).astype(kind)
+    fixed = (np.array([middle, middle - form.mantissa - 1])[:, None] * one + mantissas).reshape(-1).astype(kind)
     signs = np.array([0, 1 << (dtype.bits - 1)], kind)
     still, moves = (np.bitwise_or.outer(signs, x).reshape(-1) for x in (fixed, moving))
     for places in ((moves, still, moves[::7]), (still, moves, still), (moves, moves[::11], still)):

@@ -69,9 +69,7 @@ def test_mixed_operands(isa: str, n_terms: int) -> None:
         size = int(rng.integers(1, 3000))
         kinds = [MERGE_DTYPES[int(rng.integers(6))] for _ in range(2 * n_terms + 2)]
         arrays = [reference.Array(mixture(rng, kind, size), kind) for kind in kinds]
-        terms = [
-            reference.Term(arrays[2 * k], arrays[2 * k + 1], float(rng.choice(ALPHAS))) for k in range(n_terms)
-        ]
+        terms = [reference.Term(arrays[2 * k], arrays[2 * k + 1], float(rng.choice(ALPHAS))) for k in range(n_terms)]
         check(arrays[-1], terms, arrays[-2].dtype, isa=isa)
 
 
@@ -95,15 +93,22 @@ def test_operands_of_zeros(isa: str, dtype: DType, zeros: tuple[bool, ...]) -> N
 
 @pytest.mark.parametrize("dtype", [d for d in MERGE_DTYPES if d != F64], ids=ids)  # f64 rounds nothing
 def test_encode_near_every_boundary(isa: str, dtype: DType) -> None:
-    """The middle between every two neighbouring codes (or many), one step of binary64 to both sides, and tiny offsets."""
+    """The middle of every two neighbouring codes (or of many), one step of binary64 to both sides, tiny offsets."""
     form = reference.FORMATS[dtype.name]
     count = form.largest + 1
-    codes = np.arange(count, dtype=np.uint64) if count <= 1 << 16 else np.random.default_rng(5).integers(0, count, 1 << 16)
+    codes = (
+        np.arange(count, dtype=np.uint64) if count <= 1 << 16 else np.random.default_rng(5).integers(0, count, 1 << 16)
+    )
     low = reference.decode(codes.astype(reference.code_type(dtype)), dtype)
     quantum = np.ldexp(1.0, np.maximum(np.frexp(low)[1] - 1, form.emin) - form.mantissa)
     middle = low + quantum / 2
     values = [low, middle, np.nextafter(middle, np.inf), np.nextafter(middle, 0.0), middle * (1 + 2.0**-30)]
-    values += [middle * (1 - 2.0**-30), np.nextafter(low, np.inf), np.nextafter(low, 0.0), low + quantum * 2.0**-40]
+    values += [
+        middle * (1 - 2.0**-30),
+        np.nextafter(low, np.inf),
+        np.nextafter(low, 0.0),
+        low + quantum * 2.0**-40,
+    ]
     every = np.concatenate([*values, *(-v for v in values)])
     check(reference.Array(every.view(np.uint64), F64), [], dtype, isa=isa)
 

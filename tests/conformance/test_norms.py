@@ -1,4 +1,4 @@
-"""Norms: the same bits as the reference's definition, for every instruction set, dtype, length and number of threads."""
+"""Norms: the same bits as the reference's definition, for every instruction set, dtype, length, thread count."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What may not matter: addresses, lengths, cuts, threads, stores, writing in place, the process's floating-point mode."""
+"""What may not matter: addresses, lengths, cuts, threads, stores, writing in place, the floating-point mode."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -38,7 +39,9 @@ def shifted(codes: np.ndarray, offset: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["cached", "streamed"])
-@pytest.mark.parametrize(("dtype", "alpha"), [(BF16, 1.0), (F16, 1.0), (F32, 1.0), (BF16, 0.7), (F8_E4M3, 1.0)], ids=ids)
+@pytest.mark.parametrize(
+    ("dtype", "alpha"), [(BF16, 1.0), (F16, 1.0), (F32, 1.0), (BF16, 0.7), (F8_E4M3, 1.0)], ids=ids
+)
 def test_every_tail(isa: str, dtype: DType, alpha: float, streamed: bool) -> None:
     post, base, new_base = triple(dtype, 1200)
     terms = [reference.Term(reference.Array(post, dtype), reference.Array(base, dtype), alpha)]
@@ -89,8 +92,10 @@ def test_cuts_change_nothing(isa: str, alpha: float) -> None:
     for _ in range(20):
         cuts = [0, *sorted(rng.integers(0, 20_000, 9).tolist()), 20_000]
         parts = []
-        for first, last in zip(cuts, cuts[1:], strict=False):
-            terms = [reference.Term(reference.Array(post[first:last], BF16), reference.Array(base[first:last], BF16), alpha)]
+        for first, last in itertools.pairwise(cuts):
+            terms = [
+                reference.Term(reference.Array(post[first:last], BF16), reference.Array(base[first:last], BF16), alpha)
+            ]
             parts.append(run(reference.Array(new_base[first:last], BF16), terms, BF16, isa=isa))
         assert np.array_equal(np.concatenate([p.codes for p in parts]), whole.codes)
         assert tuple(np.sum([p[1:] for p in parts], axis=0)) == whole[1:]

@@ -1,4 +1,4 @@
-"""Stored codes to test with: adversarial sets for each type, and random ones that look like weights or like anything."""
+"""Stored codes to test with: adversarial sets for each type, random ones like weights or like anything."""
 
 from __future__ import annotations
 
@@ -15,19 +15,32 @@ Codes = np.ndarray[Any, Any]
 def adversarial(dtype: DType) -> Codes:
     """Return codes at which shortcuts go wrong, both signs of each.
 
-    Zeros, subnormals, powers of two at every few exponents, their neighbours on both sides, odd and even mantissas
-    (ties), the largest finite values, infinities, NaNs with payloads.
+    Zeros, subnormals, powers of two at every few exponents, their neighbours on both sides, odd and even
+    mantissas (ties), the largest finite values, infinities, NaNs with payloads.
     """
     form = reference.FORMATS[dtype.name]
     fields = (1 << (dtype.bits - 1 - form.mantissa)) - 1
     one = 1 << form.mantissa
     middle = fields // 2
     exponents = {1, 2, 3, fields - 2, fields - 1, fields}
-    exponents |= {e for d in (0, 1, 2, form.mantissa, form.mantissa + 1, form.mantissa + 2) for e in (middle - d, middle + d)}
+    exponents |= {
+        e for d in (0, 1, 2, form.mantissa, form.mantissa + 1, form.mantissa + 2) for e in (middle - d, middle + d)
+    }
     exponents |= {middle - 2 * form.mantissa - k for k in (0, 1, 2, 3, 8)}
     # A sum that is inexact in binary32, or in binary64, and whose rounding to it looks like a tie.
     exponents |= {middle - k for k in (22, 23, 24, 25, 31, 32, 44, 45, 51, 52, 53, 54, 60)}
-    codes = {0, 1, 2, 3, one - 1, one // 2, form.largest, form.largest - 1, form.nan, (1 << (dtype.bits - 1)) - 1}
+    codes = {
+        0,
+        1,
+        2,
+        3,
+        one - 1,
+        one // 2,
+        form.largest,
+        form.largest - 1,
+        form.nan,
+        (1 << (dtype.bits - 1)) - 1,
+    }
     for e in exponents:
         if 0 < e <= fields:
             codes |= {e * one + m for m in (0, 1, 2, one // 2, one - 1)}
