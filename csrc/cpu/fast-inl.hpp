@@ -27,8 +27,6 @@ inline bool fast_tile(const void* post, const void* base, const void* new_base, 
 // Differing bits of two numbers, gathered by "or"; the caller looks at all but the sign, which differs for zeros only.
 inline std::uint32_t differ(float a, float b) { return bits_as<std::uint32_t>(a) ^ bits_as<std::uint32_t>(b); }
 
-inline std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
-
 // One element of bf16, all as binary32: returns s rounded, in the upper half of the word, and gathers in `bad`.
 inline std::uint32_t fast_bf16(float p, float b, float x, std::uint32_t& bad) {
   const float z = (b - p) + 0.0f;
@@ -63,24 +61,6 @@ inline bool fast_tile<DType::bf16>(const void* post, const void* base, const voi
   return (bad & 0x7FFFFFFFu) != 0 || largest_low >= 0xFF000000u || largest_high >= 0x7F800000u;
 }
 
-// Where the processor converts between f16 and binary32, it does so in blocks that stay in L1: its conversions have no
-// form that a plain loop is turned into.
-constexpr std::size_t kBlock = 64;
-static_assert(kStep % kBlock == 0, "a tile is whole blocks");
-
-inline void halves_to_floats(const Code16* in, float* out) {
-#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
-  for (std::size_t i = 0; i < kBlock; i += 16)
-    _mm512_storeu_ps(out + i,
-                     _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
-#elif PARAMDELTA_TARGET == PARAMDELTA_AVX2
-  for (std::size_t i = 0; i < kBlock; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
-#else
-  for (std::size_t i = 0; i < kBlock; ++i) out[i] = widen<DType::f16>(in[i]);
-#endif
-}
-
 // One rounding each, to nearest even, whatever the floating-point mode. NaN and overflow are the caller's to notice.
 inline void floats_to_halves(const float* in, Code16* out) {
 #if PARAMDELTA_TARGET == PARAMDELTA_AVX512
@@ -108,9 +88,9 @@ inline bool fast_tile<DType::f16>(const void* post, const void* base, const void
   std::uint32_t bad = 0;
   std::uint32_t largest = 0;
   for (std::size_t first = 0; first < n; first += kBlock) {
-    halves_to_floats(static_cast<const Code16*>(post) + first, ps);
-    halves_to_floats(static_cast<const Code16*>(base) + first, bs);
-    halves_to_floats(static_cast<const Code16*>(new_base) + first, xs);
+    block_to_floats<DType::f16>(static_cast<const Code16*>(post) + first, ps);
+    block_to_floats<DType::f16>(static_cast<const Code16*>(base) + first, bs);
+    block_to_floats<DType::f16>(static_cast<const Code16*>(new_base) + first, xs);
     for (std::size_t i = 0; i < kBlock; ++i) {
       const float p = ps[i], b = bs[i], x = xs[i];
       const float z = (b - p) + 0.0f;

@@ -35,21 +35,6 @@ inline double tree_sum(const float* lanes) {
   return sums[0];
 }
 
-template <DType D>
-inline void widen_row(const void* source, float* out) {
-  const Code<D>* in = static_cast<const Code<D>*>(source);
-  if constexpr (D == DType::f16) {
-    for (std::size_t i = 0; i < kLanes; i += kBlock) halves_to_floats(in + i, out + i);
-  } else {
-    for (std::size_t i = 0; i < kLanes; ++i) {
-      if constexpr (D == DType::f64)
-        out[i] = static_cast<float>(bits_as<double>(static_cast<std::uint64_t>(in[i])));
-      else
-        out[i] = widen<D>(in[i]);
-    }
-  }
-}
-
 inline void read_row(const Operand& operand, std::size_t first, std::size_t n, unsigned char* buffer, float* out) {
   if (operand.data == nullptr) {
     std::memset(out, 0, kLanes * sizeof(float));
@@ -63,12 +48,12 @@ inline void read_row(const Operand& operand, std::size_t first, std::size_t n, u
     data = buffer;
   }
   switch (operand.dtype) {
-    case DType::bf16: return widen_row<DType::bf16>(data, out);
-    case DType::f16: return widen_row<DType::f16>(data, out);
-    case DType::f32: return widen_row<DType::f32>(data, out);
-    case DType::f64: return widen_row<DType::f64>(data, out);
-    case DType::f8_e4m3: return widen_row<DType::f8_e4m3>(data, out);
-    default: return widen_row<DType::f8_e5m2>(data, out);
+    case DType::bf16: return decode_tile<DType::bf16>(data, out, kLanes);
+    case DType::f16: return decode_tile<DType::f16>(data, out, kLanes);
+    case DType::f32: return decode_tile<DType::f32>(data, out, kLanes);
+    case DType::f64: return decode_tile<DType::f64>(data, out, kLanes);
+    case DType::f8_e4m3: return decode_tile<DType::f8_e4m3>(data, out, kLanes);
+    default: return decode_tile<DType::f8_e5m2>(data, out, kLanes);
   }
 }
 
