@@ -106,7 +106,7 @@ def test_the_casts_of_libraries_round_twice() -> None:
 
 
 def test_one_rounding_of_the_sum() -> None:
-    """new_base = 1, base = 0, post = 2^-8 + 2^-31 in f32, to bf16: binary64 keeps the last bit, the result is 1 + 2^-7."""
+    """new_base = 1, base = 0, post = 2^-8 + 2^-31 in f32: binary64 keeps the last bit, bf16 gets 1 + 2^-7."""
     post = np.array([2.0**-8 + 2.0**-31], np.float32).view(np.uint32)
     new_base, zero = reference.Array(np.array([0x3F80], np.uint16), BF16), reference.Array(None, F32)
     merged = reference.merge(new_base, [reference.Term(reference.Array(post, F32), zero)], BF16)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from check import check, equal, run
+from check import check, equal, operand, run
 from values import adversarial, uniform, weights
 
 from paramdelta import reference
+from paramdelta.backends import cpu
 from paramdelta.dtypes import BF16, F8_E4M3, F16, F32, F64, MERGE_DTYPES, DType
 
 
@@ -64,6 +67,31 @@ def test_unaligned_addresses(isa: str, dtype: DType, streamed: bool) -> None:
             out = shifted(np.zeros_like(post), offset)
             terms = [reference.Term(reference.Array(p, dtype), reference.Array(b, dtype), alpha)]
             check(reference.Array(n, dtype), terms, dtype, isa=isa, out=out, streamed=streamed)
+
+
+def before_forbidden_memory(codes: np.ndarray) -> np.ndarray:
+    """Return a copy that ends where a page begins that nobody may touch."""
+    page = mmap.PAGESIZE
+    size = -(-codes.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + size), page, 0) == 0
+    view = np.frombuffer(memory, np.uint8)[size - codes.nbytes : size].view(codes.dtype)
+    view[...] = codes
+    return view
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages as Linux does")
+@pytest.mark.parametrize("streamed", [False, True], ids=["cached", "streamed"])
+@pytest.mark.parametrize("dtype", MERGE_DTYPES, ids=ids)
+def test_nothing_beyond_the_end_is_touched(isa: str, dtype: DType, streamed: bool) -> None:
+    post, base, new_base = (before_forbidden_memory(x) for x in triple(dtype, 700))
+    out = before_forbidden_memory(np.zeros_like(post))
+    for size in (*range(1, 70), 95, 96, 97, 511, 512, 513, 544, 575, 576, 577, 700):
+        p, b, n = (reference.Array(x[700 - size :], dtype) for x in (post, base, new_base))
+        for alpha in (1.0, 0.7):
+            run(n, [reference.Term(p, b, alpha)], dtype, isa=isa, streamed=streamed, out=out[700 - size :])
+        cpu.norms(operand(p), operand(b), operand(n), size, threads=1, isa=isa)
 
 
 @pytest.mark.parametrize("place", ["post", "base", "new_base"])
