@@ -66,3 +66,14 @@ def test_sums_are_correctly_rounded(isa: str) -> None:
     other = tiny.copy()
     other[8192] *= -1
     check(*(a.view(np.uint32) for a in (tiny, np.zeros_like(tiny), other)), (F32,) * 3, isa)
+
+
+@pytest.mark.parametrize("last", [0.0, 2.0**-60, -(2.0**-60)])
+@pytest.mark.parametrize("first", [1.0, 1.0 + 2.0**-23, -1.0])
+def test_ties_of_the_last_rounding(isa: str, first: float, last: float) -> None:
+    """first + 2^-53 lies in the middle of two numbers; what a third leaf adds, far below, decides."""
+    post, new_base = np.zeros((2, 3 * 4096), np.float32)
+    post[::4096] = first, 2.0**-26, last
+    new_base[::4096] = 1.0, 2.0**-27, 2.0**-60
+    arrays = (post, np.zeros_like(post), new_base)
+    check(*(a.view(np.uint32) for a in arrays), (F32,) * 3, isa)
