@@ -11,7 +11,7 @@ namespace paramdelta::cpu {
 
 // A fixed-point number of 70 digits to base 2^32, digit 0 counting 2^-1088: every finite binary64 (2^-1074 to 2^1024)
 // lies within, with 2^128 times its largest above. Digits are signed 64-bit integers and take carries only every 2^29
-// additions; each addition changes three by less than 2^32.
+// additions; each addition changes three of them by less than 2^33.
 class ExactSum {
  public:
   void add(double x) {

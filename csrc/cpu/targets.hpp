@@ -11,6 +11,9 @@
 #define PARAMDELTA_X86 0
 #endif
 
+// The loops take two 16-bit elements from one 32-bit word, the lower one first.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "little-endian machines only, as in the files themselves");
+
 // The numbers by which the -inl files choose, where plain loops are not enough.
 #define PARAMDELTA_SCALAR 0
 #define PARAMDELTA_AVX2 1

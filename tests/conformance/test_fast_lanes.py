@@ -6,8 +6,8 @@ import functools
 
 import numpy as np
 import pytest
-from check import check
-from values import adversarial, clustered, cross, uniform, weights
+from kernel_check import check
+from kernel_values import adversarial, clustered, cross, uniform, weights
 
 from paramdelta import reference
 from paramdelta.dtypes import BF16, BY_NAME, F16, F32, DType

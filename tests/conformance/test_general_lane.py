@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-from check import check, equal, run
-from values import adversarial, cross, uniform, weights
+from kernel_check import check, equal, run
+from kernel_values import adversarial, cross, uniform, weights
 
 from paramdelta import reference
 from paramdelta.dtypes import BF16, F8_E4M3, F8_E5M2, F16, F32, F64, MERGE_DTYPES, DType

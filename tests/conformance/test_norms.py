@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from check import operand
-from values import adversarial, uniform, weights
+from kernel_check import operand
+from kernel_values import adversarial, uniform, weights
 
 from paramdelta import reference
 from paramdelta.backends import cpu

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from check import check, equal, operand, run
-from values import adversarial, uniform, weights
+from kernel_check import check, equal, operand, run
+from kernel_values import adversarial, uniform, weights
 
 from paramdelta import reference
 from paramdelta.backends import cpu
