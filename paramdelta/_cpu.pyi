@@ -1,3 +1,4 @@
+from typing import Any
 from collections.abc import Sequence
 
 def dtypes() -> list[tuple[str, int, bool]]: ...
@@ -13,3 +14,34 @@ def merge(
     threads: int,
     isa: str | None,
 ) -> tuple[int, int, int]: ...
+def norms(
+    *,
+    post: tuple[int, int],
+    base: tuple[int, int],
+    new_base: tuple[int, int],
+    count: int,
+    threads: int,
+    isa: str | None,
+) -> tuple[float, float, float, float]: ...
+
+SPAN_BYTES: int
+TERM_BYTES: int
+
+class Engine:
+    def __init__(
+        self,
+        *,
+        spans: Any,
+        terms: Any,
+        tensors: int,
+        inputs: list[bytes],
+        outputs: list[Any],
+        threads: int,
+        slot_bytes: int,
+        isa: str | None,
+    ) -> None: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def wait_for(self, seconds: float) -> bool: ...
+    def progress(self) -> tuple[int, int]: ...
+    def finish(self) -> list[tuple[int, int, int, int]]: ...

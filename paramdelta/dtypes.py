@@ -45,11 +45,10 @@ class DType:
 
         if self.numpy is None:
             raise ValueError(f"{self.name} has no NumPy dtype")
-        if hasattr(np, self.numpy):
-            return np.dtype(getattr(np, self.numpy))
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, self.numpy))
+        dtype: np.dtype[Any] = np.dtype(getattr(np if hasattr(np, self.numpy) else ml_dtypes, self.numpy))
+        return dtype
 
     def __str__(self) -> str:
         return self.name

@@ -1,7 +1,8 @@
 """Delta arithmetic on arrays: merge, decode, encode and norms for NumPy arrays (ml_dtypes included) and torch tensors.
 
-Every result is defined by binary64 arithmetic and one rounding (see ``paramdelta.reference``), so its bits depend on
-the operands alone: not on the instruction set, the number of threads, or the process's floating-point mode.
+Every result is defined by binary64 arithmetic and one rounding (see ``paramdelta.reference``), so its bits
+depend on the operands alone: not on the instruction set, the number of threads, or the process's
+floating-point mode.
 """
 
 from __future__ import annotations
@@ -48,19 +49,20 @@ def merge(
 ) -> Merged:
     """Compute ``out = new_base + alpha · (post − base)``, rounded once.
 
-    The delta, its product with alpha and the sum are binary64 operations, each rounded to nearest even; the result is
-    rounded once to the output's type. Where post and base are bit-equal the delta is zero, NaN and Inf included, and
-    an element of new_base that no delta touches keeps its own bits.
+    The delta, its product with alpha and the sum are binary64 operations, each rounded to nearest even; the
+    result is rounded once to the output's type. Where post and base are bit-equal the delta is zero, NaN and
+    Inf included, and an element of new_base that no delta touches keeps its own bits.
 
     Parameters
     ----------
     post, base, new_base : numpy.ndarray or torch.Tensor
-        Equal shapes; any strides. Dtypes bf16, f16, f32, f64, f8_e4m3 (``float8_e4m3fn``) and f8_e5m2, in any mix.
-        Tensors must be on the CPU and need no gradient.
+        Equal shapes; any strides. Dtypes bf16, f16, f32, f64, f8_e4m3 (``float8_e4m3fn``) and f8_e5m2, in any
+        mix. Tensors must be on the CPU and need no gradient.
     alpha : float
         A finite factor. 0 means that there is no delta at all.
     out : numpy.ndarray or torch.Tensor, optional
-        Where to write: writable, new_base's shape, any strides. May be exactly one of the operands, never a part.
+        Where to write: writable, new_base's shape, any strides. May be exactly one of the operands, never a
+        part.
     dtype : DType, str, numpy.dtype or torch.dtype, optional
         The output's type; ``out``'s, or else new_base's, by default.
     threads : int, optional
@@ -71,8 +73,8 @@ def merge(
     Returns
     -------
     Merged
-        ``out`` (a new array of new_base's kind unless given), ``counts`` of NaN, infinite and overflowed elements,
-        ``norms`` (of the one delta, where asked for).
+        ``out`` (a new array of new_base's kind unless given), ``counts`` of NaN, infinite and overflowed
+        elements, ``norms`` (of the one delta, where asked for).
 
     Raises
     ------
@@ -99,15 +101,17 @@ def merge_deltas(
 ) -> Merged:
     """Compute ``out = new_base + Σ_k alpha_k · (post_k − base_k)``, rounded once.
 
-    ``deltas`` is a sequence of ``(post, base)`` or ``(post, base, alpha)``, added in this order in binary64; an empty
-    one makes this a conversion of ``new_base``. All else is as for :func:`merge`. ``Merged.norms`` has one entry per
-    delta. Source: ParamΔ, arXiv 2504.21023, and its mixtures of several deltas.
+    ``deltas`` is a sequence of ``(post, base)`` or ``(post, base, alpha)``, added in this order in binary64;
+    an empty one makes this a conversion of ``new_base``. All else is as for :func:`merge`. ``Merged.norms``
+    has one entry per delta. Source: ParamΔ, arXiv 2504.21023, and its mixtures of several deltas.
     """
     named = []
     for k, delta in enumerate(deltas):
         if not isinstance(delta, (tuple, list)) or len(delta) not in (2, 3):
-            raise OperandError(f"deltas[{k}]: expected (post, base) or (post, base, alpha), got {type(delta).__name__}"
-                               + (f" of {len(delta)}" if isinstance(delta, (tuple, list)) else ""))
+            raise OperandError(
+                f"deltas[{k}]: expected (post, base) or (post, base, alpha), got {type(delta).__name__}"
+                + (f" of {len(delta)}" if isinstance(delta, (tuple, list)) else "")
+            )
         alpha = delta[2] if len(delta) == 3 else 1.0
         named.append((f"deltas[{k}].post", delta[0], f"deltas[{k}].base", delta[1], alpha))
     return _merge(new_base, named, out, dtype, threads, norms)
@@ -116,8 +120,9 @@ def merge_deltas(
 def decode(x: Any, *, out: Any = None, dtype: Any = F64, threads: int | None = None) -> Any:
     """Return ``out = value of x`` in f64 or f32.
 
-    ``x`` has any dtype with arithmetic; ``dtype`` is f64 (always exact) or f32 (exact except for f64 operands, which
-    are rounded once). Shapes, ``out``, ``threads`` and errors are as for :func:`merge`. NaNs come out canonical.
+    ``x`` has any dtype with arithmetic; ``dtype`` is f64 (always exact) or f32 (exact except for f64
+    operands, which are rounded once). Shapes, ``out``, ``threads`` and errors are as for :func:`merge`. NaNs
+    come out canonical.
     """
     wanted = parse_dtype("dtype", dtype)
     if wanted not in (F64, F32):
@@ -128,10 +133,10 @@ def decode(x: Any, *, out: Any = None, dtype: Any = F64, threads: int | None = N
 def encode(x: Any, dtype: Any, *, out: Any = None, threads: int | None = None) -> Encoded:
     """Return ``out = x rounded once to dtype``, to nearest even, and the counts.
 
-    ``x`` has any dtype with arithmetic, and so has the result. Overflow gives Inf, or ±448 in f8_e4m3, which has none;
-    NaN comes out canonical, unless ``x`` has ``dtype`` already and is copied. Shapes, ``out``, ``threads`` and errors
-    are as for :func:`merge`. (Casts of torch and ml_dtypes round f64 twice: 1 + 2^-8 + 2^-30 is 1 there in bf16, and
-    1.0078125 here.)
+    ``x`` has any dtype with arithmetic, and so has the result. Overflow gives Inf, or ±448 in f8_e4m3, which
+    has none; NaN comes out canonical, unless ``x`` has ``dtype`` already and is copied. Shapes, ``out``,
+    ``threads`` and errors are as for :func:`merge`. (Casts of torch and ml_dtypes round f64 twice: 1 + 2^-8 +
+    2^-30 is 1 there in bf16, and 1.0078125 here.)
     """
     merged = _merge(x, (), out, parse_dtype("dtype", dtype), threads, False, "x")
     return Encoded(merged.out, merged.counts)
@@ -140,12 +145,13 @@ def encode(x: Any, dtype: Any, *, out: Any = None, threads: int | None = None) -
 def norms(post: Any, base: Any, new_base: Any, *, threads: int | None = None) -> Norms:
     """Return ``‖post − base‖²``, ``‖new_base − base‖²``, ``⟨post − base, new_base − base⟩`` and ``max |post − base|``.
 
-    The sums are defined by a fixed order, so that their bits depend on the operands alone. Operands are rounded to
-    binary32 (exact except for f64) and subtracted in binary32. A leaf is 4096 consecutive elements, in row-major order
-    from the tensor's start, zero-padded. Within it, lane l of 256 adds the products of elements l, l + 256, … in order,
-    product and sum each rounded to binary32. Lanes are converted to binary64 and added in halves, 128 + 128 down to
-    one. The result is the correctly rounded sum of all leaves. A NaN difference makes the sums it enters NaN, and the
-    maximum. Operands, ``threads`` and errors are as for :func:`merge`.
+    The sums are defined by a fixed order, so that their bits depend on the operands alone. Operands are
+    rounded to binary32 (exact except for f64) and subtracted in binary32. A leaf is 4096 consecutive
+    elements, in row-major order from the tensor's start, zero-padded. Within it, lane l of 256 adds the
+    products of elements l, l + 256, … in order, product and sum each rounded to binary32. Lanes are converted
+    to binary64 and added in halves, 128 + 128 down to one. The result is the correctly rounded sum of all
+    leaves. A NaN difference makes the sums it enters NaN, and the maximum. Operands, ``threads`` and errors
+    are as for :func:`merge`.
     """
     operands = [read_operand(name, x) for name, x in (("post", post), ("base", base), ("new_base", new_base))]
     same_shape(operands)
@@ -174,7 +180,8 @@ def _merge(
     else:
         target, result = read_out(out, operands, wanted), out
 
-    # SAFETY: operands and target hold references to the arrays until this function returns; none is resized meanwhile.
+    # SAFETY: operands and target hold references to the arrays until this function returns; none is resized
+    # meanwhile.
     sources = {id(t): t.contiguous() for t in operands}
     found = []
     if norms:  # before the merge, whose output may take the place of an operand
@@ -194,9 +201,7 @@ def _merge(
 
 def _norms(operands: Sequence[Tensor], threads: int) -> Norms:
     post, base, new = (t.contiguous() for t in operands)
-    return backends.get("cpu").norms(
-        post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads
-    )
+    return backends.get("cpu").norms(post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads)
 
 
 def _finite(alpha: Any) -> float:

@@ -6,8 +6,8 @@ For one output element, with every operand decoded to its real value:
     acc     = acc + alpha_k · delta_k              binary64, product and sum rounded separately
     out     = encode(acc)                          rounded once from binary64, nearest even
 
-starting from acc = new_base, in the order of the terms. This module shares no code with the kernels, and none of its
-conversions is a cast of NumPy's or ml_dtypes': those from binary64 to the short types round twice.
+starting from acc = new_base, in the order of the terms. This module shares no code with the kernels, and none
+of its conversions is a cast of NumPy's or ml_dtypes': those from binary64 to the short types round twice.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def decode(codes: Codes, dtype: DType) -> Values:
 def encode(values: Values, dtype: DType) -> tuple[Codes, Mask]:
     """Return the codes of ``values``, each rounded once, and where the rounding exceeds the largest finite value.
 
-    |x| = k · 2^q with k = rint(|x| · 2^−q) and q = max(exponent of x, emin) − mantissa. The mask is False for NaN, and
-    for infinite values where the format has an Inf.
+    |x| = k · 2^q with k = rint(|x| · 2^−q) and q = max(exponent of x, emin) − mantissa. The mask is False for
+    NaN, and for infinite values where the format has an Inf.
     """
     form = FORMATS[dtype.name]
     with np.errstate(all="ignore"):
@@ -120,7 +120,8 @@ def encode(values: Values, dtype: DType) -> tuple[Codes, Mask]:
         exponent = np.frexp(safe)[1].astype(np.int64) - 1
         q = np.where(safe == 0.0, form.emin, np.maximum(exponent, form.emin)) - form.mantissa
         k = np.rint(np.ldexp(safe, -q)).astype(np.int64)
-    # Codes count upwards with the value: one binade holds 2^mantissa of them, the subnormals share emin's quantum.
+    # Codes count upwards with the value: one binade holds 2^mantissa of them, the subnormals share emin's
+    # quantum.
     code = k + ((q - (form.emin - form.mantissa)) << form.mantissa)
     overflow = finite & (code > form.largest)
     infinite = np.isinf(magnitude)
@@ -135,9 +136,10 @@ def encode(values: Values, dtype: DType) -> tuple[Codes, Mask]:
 def merge(new_base: Array, terms: Sequence[Term], dtype: DType, count: int | None = None) -> Merged:
     """Return encode(new_base + Σ alpha · (post − base)) and its counts.
 
-    A delta is zero where post and base are bit-equal (same dtype), NaN and Inf included, and where their difference
-    is; it leaves acc untouched. A term with alpha = 0 is no term. An element that no term touched keeps new_base's own
-    bits if the output has its dtype. ``count`` is needed only where every operand is None, for zeros.
+    A delta is zero where post and base are bit-equal (same dtype), NaN and Inf included, and where their
+    difference is; it leaves acc untouched. A term with alpha = 0 is no term. An element that no term touched
+    keeps new_base's own bits if the output has its dtype. ``count`` is needed only where every operand is
+    None, for zeros.
     """
     arrays = [new_base, *(a for t in terms for a in (t.post, t.base))]
     size = next((a.codes.size for a in arrays if a.codes is not None), count or 0)
@@ -162,17 +164,18 @@ def merge(new_base: Array, terms: Sequence[Term], dtype: DType, count: int | Non
 def norms(post: Array, base: Array, new_base: Array) -> Norms:
     """Return ‖post − base‖², ‖new_base − base‖², their inner product and max |post − base|, by a fixed order of sums.
 
-    Operands are rounded to binary32 (exact except for f64) and subtracted in binary32. A leaf is 4096 consecutive
-    elements, zero-padded. Lane l of 256 adds the products of elements l, l + 256, …, in order, product and sum each
-    rounded to binary32. Lanes become binary64 and are added halves to halves, 128 + 128 down to one. The result is the
-    correctly rounded sum of the leaves. The maximum is the largest |difference|, NaN if any is.
+    Operands are rounded to binary32 (exact except for f64) and subtracted in binary32. A leaf is 4096
+    consecutive elements, zero-padded. Lane l of 256 adds the products of elements l, l + 256, …, in order,
+    product and sum each rounded to binary32. Lanes become binary64 and are added halves to halves, 128 + 128
+    down to one. The result is the correctly rounded sum of the leaves. The maximum is the largest
+    |difference|, NaN if any is.
     """
     with np.errstate(all="ignore"):
         p, b, n = (_values(a, 0).astype(np.float32) for a in (post, base, new_base))
         delta, drift = p - b, n - b
         sums = [_leaf_sums(x, y) for x, y in ((delta, delta), (drift, drift), (delta, drift))]
         largest = float(np.max(np.abs(delta), initial=0.0))
-    return Norms(*(exact_sum(s) for s in sums), largest)
+    return Norms(exact_sum(sums[0]), exact_sum(sums[1]), exact_sum(sums[2]), largest)
 
 
 def exact_sum(values: Values) -> float:

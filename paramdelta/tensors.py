@@ -1,7 +1,8 @@
 """Arrays at the edge: NumPy arrays and torch tensors as strided views of their stored bits, checked once.
 
-A tensor's bits are seen through ``Tensor.numpy()``, which shares its memory, so that everything behind this module
-knows NumPy alone. torch is imported here only by those who pass a tensor, and have imported it themselves.
+A tensor's bits are seen through ``Tensor.numpy()``, which shares its memory, so that everything behind this
+module knows NumPy alone. torch is imported here only by those who pass a tensor, and have imported it
+themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from paramdelta.dtypes import BY_NAME, BY_SAFETENSORS, DTYPES, MERGE_DTYPES, DTy
 from paramdelta.errors import OperandError, OperandTypeError, shown
 
 _SUPPORTED = ", ".join(d.name for d in MERGE_DTYPES)
-# Deciding whether two strided views share an element can take exponentially long: beyond this, they count as sharing.
+# Deciding whether two strided views share an element can take exponentially long: beyond this, they count as
+# sharing.
 _OVERLAP_WORK = 100_000
 _TooHard: type[Exception] = getattr(np, "exceptions", np).TooHardError  # NumPy 1.24 has it at the top
 
@@ -70,11 +72,11 @@ def read_out(out: Any, operands: Sequence[Tensor], dtype: DType | None) -> Tenso
         raise OperandError("out: expected writable memory, got a read-only array; pass a copy")
     first = operands[0]
     if target.codes.shape != first.codes.shape:
-        raise OperandError(
-            f"out: expected the shape of {first.name}, {first.codes.shape}, got {target.codes.shape}"
-        )
+        raise OperandError(f"out: expected the shape of {first.name}, {first.codes.shape}, got {target.codes.shape}")
     if dtype is not None and target.dtype != dtype:
-        raise OperandError(f"out: expected dtype {dtype}, got {target.dtype}; leave dtype out, or change one of the two")
+        raise OperandError(
+            f"out: expected dtype {dtype}, got {target.dtype}; leave dtype out, or change one of the two"
+        )
     if _overlaps_itself(target.codes):
         raise OperandError("out: expected distinct elements, got a view whose elements share memory; pass a copy")
     for operand in operands:
@@ -139,6 +141,8 @@ def _read_numpy(name: str, x: NDArray[Any]) -> Tensor:
 
 
 def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
+    if x.device.type == "meta":
+        raise OperandError(f"{name}: is on meta and holds no data; load it first")
     if x.device.type != "cpu":
         raise OperandError(f"{name}: is on {x.device}, but only CPU tensors are supported; pass {name}.cpu()")
     if x.layout != torch.strided:
@@ -173,14 +177,14 @@ def _overlap_in_part(a: NDArray[Any], b: NDArray[Any]) -> bool:
     if not np.may_share_memory(a, b) or _same_elements(a, b):
         return False
     try:
-        return bool(np.shares_memory(a, b, max_work=_OVERLAP_WORK))
+        return bool(np.shares_memory(a, b, _OVERLAP_WORK))  # type: ignore[arg-type, unused-ignore]
     except _TooHard:
         return True
 
 
 def _overlaps_itself(a: NDArray[Any]) -> bool:
-    # Sorted by stride, each axis must step over all that the shorter steps cover. (Stricter than need be, for views
-    # that interleave; nobody has those.)
+    # Sorted by stride, each axis must step over all that the shorter steps cover. (Stricter than need be, for
+    # views that interleave; nobody has those.)
     reach = a.itemsize
     for stride, n in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
         if stride < reach:

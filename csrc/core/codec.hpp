@@ -1,6 +1,6 @@
 // One element at a time, by integer bits: decode a stored code to binary64 (never rounds: every type here embeds in it)
-// and encode a binary64 with one rounding, nearest even. These are the definitions that every tile loop must equal; they
-// use no rounding operation of the processor, so no floating-point mode can change them.
+// and encode a binary64 with one rounding, nearest even. These are the definitions that every tile loop must equal;
+// they use no rounding operation of the processor, so no floating-point mode can change them.
 #pragma once
 
 #include <cstdint>
@@ -86,8 +86,8 @@ PARAMDELTA_HOST_DEVICE inline double decode(typename Format<D>::Code code) {
       const double quantum = bits_as<double>(static_cast<std::uint64_t>(1023 + F::emin - F::mantissa) << 52);
       return bits_as<double>(sign | bits_as<std::uint64_t>(static_cast<double>(magnitude) * quantum));
     }
-    return bits_as<double>(
-        sign | ((magnitude << (52 - F::mantissa)) + (static_cast<std::uint64_t>(1023 - F::bias) << 52)));
+    return bits_as<double>(sign |
+                           ((magnitude << (52 - F::mantissa)) + (static_cast<std::uint64_t>(1023 - F::bias) << 52)));
   }
 }
 
@@ -112,8 +112,8 @@ PARAMDELTA_HOST_DEVICE inline Encoded<D> encode(double x) {
   } else {
     const int field = static_cast<int>(magnitude >> 52);
     const int exponent = (field == 0 ? 1 : field) - 1023;
-    const std::uint64_t significand = (magnitude & ((std::uint64_t{1} << 52) - 1)) |
-                                      (field == 0 ? 0 : std::uint64_t{1} << 52);
+    const std::uint64_t significand =
+        (magnitude & ((std::uint64_t{1} << 52) - 1)) | (field == 0 ? 0 : std::uint64_t{1} << 52);
     // Bits that do not fit: those of the mantissa, and one more for every step below the smallest normal exponent.
     const bool normal = exponent >= F::emin;
     const int shift = 52 - F::mantissa + (normal ? 0 : F::emin - exponent);
@@ -123,8 +123,7 @@ PARAMDELTA_HOST_DEVICE inline Encoded<D> encode(double x) {
     const std::uint64_t half = std::uint64_t{1} << (shift - 1);
     rounded += (rest > half || (rest == half && (rounded & 1))) ? 1 : 0;
     // `rounded` of a normal value holds the hidden bit, which stands for one exponent step; a carry goes the same way.
-    const std::uint64_t code =
-        rounded + (normal ? static_cast<std::uint64_t>(exponent - F::emin) << F::mantissa : 0);
+    const std::uint64_t code = rounded + (normal ? static_cast<std::uint64_t>(exponent - F::emin) << F::mantissa : 0);
     if (code > F::largest) return {static_cast<Code>(sign | F::beyond), true};
     return {static_cast<Code>(sign | code), false};
   }

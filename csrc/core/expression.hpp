@@ -15,6 +15,13 @@ struct Operand {
   DType dtype = DType::f32;
 };
 
+// The operand from its element number `elements` on.
+inline Operand advanced(Operand operand, std::size_t elements) {
+  if (operand.data != nullptr)
+    operand.data = static_cast<const unsigned char*>(operand.data) + elements * size_of(operand.dtype);
+  return operand;
+}
+
 struct Term {
   Operand post;
   Operand base;
@@ -41,7 +48,7 @@ struct Merge {
   Operand new_base;
   const Term* terms = nullptr;  // in the order in which they are added
   std::size_t n_terms = 0;
-  void* out = nullptr;          // may be exactly an operand's memory, never a part of it
+  void* out = nullptr;  // may be exactly an operand's memory, never a part of it
   DType out_dtype = DType::f32;
   std::size_t count = 0;
 };

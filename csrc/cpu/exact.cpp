@@ -74,8 +74,8 @@ Counts merge_exact(const Merge& job, std::size_t first, std::size_t n, void* out
     }
     const bool overflow = store_at(job.out_dtype, acc, out, k);
     if (!touched && job.new_base.data != nullptr && job.new_base.dtype == job.out_dtype)
-      std::memcpy(static_cast<char*>(out) + k * out_size,
-                  static_cast<const char*>(job.new_base.data) + i * out_size, out_size);
+      std::memcpy(static_cast<char*>(out) + k * out_size, static_cast<const char*>(job.new_base.data) + i * out_size,
+                  out_size);
     if (std::isnan(acc))
       ++counts.nan;
     else if (overflow)

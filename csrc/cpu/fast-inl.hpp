@@ -7,87 +7,120 @@
 //
 // bf16 and f16 work in binary32. Write x for the exact new_base + d, and let d be exact, which the test by Fast2Sum
 // proves: of the two tests p + z = b and b − z = p, the one that belongs to the larger operand fails exactly when z is
-// inexact (and an overflow or a NaN fails one of them). The contract wants round(fl64(x)); the lane has round(fl32(x)).
-// Rounding is monotone and every boundary t between two codes is both a binary32 and a binary64, so fl32(x) > t implies
-// x > t and fl64(x) ≥ t; fl64(x) = t would need |x − t| below binary64's half place, and then fl32(x) = t. Hence the
-// two agree unless fl32(x) is itself a boundary (a tie) and inexact; that is what the last test looks for, by Fast2Sum
-// again. With f16, an exact d is a multiple of 2^-24, so s is inexact only for |s| ≥ 1, in the normal range, where
-// boundaries have 0x1000 as their last 13 bits.
+// inexact. The contract wants round(fl64(x)); the lane has round(fl32(x)). Rounding is monotone and every boundary t
+// between two codes is both a binary32 and a binary64, so fl32(x) > t implies x > t and fl64(x) ≥ t; fl64(x) = t would
+// need |x − t| below binary64's half place, and then fl32(x) = t. Hence the two agree unless fl32(x) is itself a
+// boundary (a tie) and inexact; that is what the last test looks for, by Fast2Sum again. With f16, an exact d is a
+// multiple of 2^-24, so s is inexact only for |s| ≥ 1, in the normal range, where a boundary ends in 0x1000.
+//
+// The tests compare bits, and gather them by "or", all but the sign. So they take ±0 for equal, as they should, and
+// would take v for −v; but p + z = −b would mean that the rounding of b − p to z was off by 2|b|, while −p is a number
+// and only |b| away; likewise for the other tests. NaN and Inf need no test of their own: wherever one comes up, s is
+// NaN or infinite, and the output is looked at for those (and for overflow). A NaN s ends in 16 zero bits (13 with
+// f16), as every NaN that an operation passes on or makes here does, so rounding cannot carry out of it.
 //
 // f32 works in binary64, and is the contract itself.
 
 template <DType D>
 inline bool fast_tile(const void* post, const void* base, const void* new_base, void* out, std::size_t n);
 
-template <>
-inline bool fast_tile<DType::bf16>(const void* post, const void* base, const void* new_base, void* out,
-                                   std::size_t n) {
-  const Code16* ps = static_cast<const Code16*>(post);
-  const Code16* bs = static_cast<const Code16*>(base);
-  const Code16* ns = static_cast<const Code16*>(new_base);
-  Code16* os = static_cast<Code16*>(out);
-  std::uint32_t bad = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    const float p = widen<DType::bf16>(ps[i]);
-    const float b = widen<DType::bf16>(bs[i]);
-    const float x = widen<DType::bf16>(ns[i]);
-    const float z = (b - p) + 0.0f;
-    const float s = x - z;
-    const std::uint32_t u = bits_as<std::uint32_t>(s);
-    const std::uint32_t inexact = ((x - s) != z ? 1u : 0u) | ((s + z) != x ? 1u : 0u);
-    const std::uint32_t tie = (u & 0xFFFFu) == 0x8000u ? 1u : 0u;
-    bad |= (tie & inexact) | ((p + z) != b ? 1u : 0u) | ((b - z) != p ? 1u : 0u);
-    const std::uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-    bad |= (rounded & 0x7F80u) == 0x7F80u ? 1u : 0u;
-    os[i] = static_cast<std::uint16_t>(rounded);
-  }
-  return bad != 0;
+// Differing bits of two numbers, gathered by "or"; the caller looks at all but the sign, which differs for zeros only.
+inline std::uint32_t differ(float a, float b) { return bits_as<std::uint32_t>(a) ^ bits_as<std::uint32_t>(b); }
+
+// One element of bf16, all as binary32: returns s rounded, in the upper half of the word, and gathers in `bad`.
+inline std::uint32_t fast_bf16(float p, float b, float x, std::uint32_t& bad) {
+  const float z = (b - p) + 0.0f;
+  const float s = x - z;
+  bad |= differ(p + z, b) | differ(b - z, p);
+  // Half up; a tie leaves zeros below, and then the last place kept must become even.
+  const std::uint32_t up = bits_as<std::uint32_t>(s) + 0x8000u;
+  const std::uint32_t tie = (up & 0xFFFFu) == 0 ? ~0u : 0u;
+  bad |= tie & (differ(x - s, z) | differ(s + z, x));
+  return up & ~(tie & 0x10000u);
 }
 
+// Two elements per 32-bit word: the lower is shifted up, the upper is masked, and no lane ever moves.
 template <>
-inline bool fast_tile<DType::f16>(const void* post, const void* base, const void* new_base, void* out,
-                                  std::size_t n) {
-  const Code16* ps = static_cast<const Code16*>(post);
-  const Code16* bs = static_cast<const Code16*>(base);
-  const Code16* ns = static_cast<const Code16*>(new_base);
-  Code16* os = static_cast<Code16*>(out);
-  std::uint32_t bad = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    const float p = widen<DType::f16>(ps[i]);
-    const float b = widen<DType::f16>(bs[i]);
-    const float x = widen<DType::f16>(ns[i]);
-    const float z = (b - p) + 0.0f;
-    const float s = x - z;
-    const std::uint32_t u = bits_as<std::uint32_t>(s);
-    const std::uint32_t inexact = ((x - s) != z ? 1u : 0u) | ((s + z) != x ? 1u : 0u);
-    const std::uint32_t tie = (u & 0x1FFFu) == 0x1000u ? 1u : 0u;
-    bad |= (tie & inexact) | ((p + z) != b ? 1u : 0u) | ((b - z) != p ? 1u : 0u);
-    const std::uint32_t magnitude = u & 0x7FFFFFFFu;
-    const std::uint32_t normal = ((magnitude + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
-    const std::uint32_t subnormal = bits_as<std::uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
-    bad |= magnitude >= 0x477FF000u ? 1u : 0u;  // 65520 and above round to Inf
-    const std::uint32_t code = magnitude < 0x38800000u ? subnormal : normal;
-    os[i] = static_cast<std::uint16_t>(code | ((u >> 16) & 0x8000u));
-  }
-  return bad != 0;
-}
-
-template <>
-inline bool fast_tile<DType::f32>(const void* post, const void* base, const void* new_base, void* out,
-                                  std::size_t n) {
+inline bool fast_tile<DType::bf16>(const void* post, const void* base, const void* new_base, void* out, std::size_t n) {
   const Code32* ps = static_cast<const Code32*>(post);
   const Code32* bs = static_cast<const Code32*>(base);
   const Code32* ns = static_cast<const Code32*>(new_base);
   Code32* os = static_cast<Code32*>(out);
   std::uint32_t bad = 0;
+  std::uint32_t largest_low = 0, largest_high = 0;
+  for (std::size_t i = 0; i < n / 2; ++i) {
+    const std::uint32_t p = ps[i], b = bs[i], x = ns[i];
+    const std::uint32_t low = fast_bf16(bits_as<float>(p << 16), bits_as<float>(b << 16), bits_as<float>(x << 16), bad);
+    const std::uint32_t high = fast_bf16(bits_as<float>(p & 0xFFFF0000u), bits_as<float>(b & 0xFFFF0000u),
+                                         bits_as<float>(x & 0xFFFF0000u), bad);
+    const std::uint32_t word = (low >> 16) | (high & 0xFFFF0000u);
+    largest_low = larger(largest_low, word << 17);
+    largest_high = larger(largest_high, word & 0x7FFFFFFFu);
+    os[i] = word;
+  }
+  return (bad & 0x7FFFFFFFu) != 0 || largest_low >= 0xFF000000u || largest_high >= 0x7F800000u;
+}
+
+// One rounding each, to nearest even, whatever the floating-point mode. NaN and overflow are the caller's to notice.
+inline void floats_to_halves(const float* in, Code16* out) {
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+  for (std::size_t i = 0; i < kBlock; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_maskz_cvtps_ph(0xFFFF, _mm512_loadu_ps(in + i), 0));
+#elif PARAMDELTA_TARGET == PARAMDELTA_AVX2
+  for (std::size_t i = 0; i < kBlock; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+#else
+  // As narrow() of tile-inl.hpp, from binary32: adding 1/2 aligns its last place with the quantum 2^-24.
+  for (std::size_t i = 0; i < kBlock; ++i) {
+    const std::uint32_t u = bits_as<std::uint32_t>(in[i]);
+    const std::uint32_t magnitude = u & 0x7FFFFFFFu;
+    const std::uint32_t normal = ((magnitude + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+    const std::uint32_t subnormal = bits_as<std::uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
+    const std::uint32_t code = magnitude < 0x38800000u ? subnormal : normal;
+    out[i] = static_cast<std::uint16_t>(code | ((u >> 16) & 0x8000u));
+  }
+#endif
+}
+
+template <>
+inline bool fast_tile<DType::f16>(const void* post, const void* base, const void* new_base, void* out, std::size_t n) {
+  alignas(64) float ps[kBlock], bs[kBlock], xs[kBlock];
+  std::uint32_t bad = 0;
+  std::uint32_t largest = 0;
+  for (std::size_t first = 0; first < n; first += kBlock) {
+    block_to_floats<DType::f16>(static_cast<const Code16*>(post) + first, ps);
+    block_to_floats<DType::f16>(static_cast<const Code16*>(base) + first, bs);
+    block_to_floats<DType::f16>(static_cast<const Code16*>(new_base) + first, xs);
+    for (std::size_t i = 0; i < kBlock; ++i) {
+      const float p = ps[i], b = bs[i], x = xs[i];
+      const float z = (b - p) + 0.0f;
+      const float s = x - z;
+      const std::uint32_t u = bits_as<std::uint32_t>(s);
+      const std::uint32_t tie = (u & 0x1FFFu) == 0x1000u ? ~0u : 0u;
+      bad |= differ(p + z, b) | differ(b - z, p) | (tie & (differ(x - s, z) | differ(s + z, x)));
+      largest = larger(largest, u & 0x7FFFFFFFu);
+      xs[i] = s;
+    }
+    floats_to_halves(xs, static_cast<Code16*>(out) + first);
+  }
+  return (bad & 0x7FFFFFFFu) != 0 || largest >= 0x477FF000u;  // 65520 and above round to Inf; NaN lies above too
+}
+
+template <>
+inline bool fast_tile<DType::f32>(const void* post, const void* base, const void* new_base, void* out, std::size_t n) {
+  const Code32* ps = static_cast<const Code32*>(post);
+  const Code32* bs = static_cast<const Code32*>(base);
+  const Code32* ns = static_cast<const Code32*>(new_base);
+  Code32* os = static_cast<Code32*>(out);
+  std::uint32_t largest = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const double z = (static_cast<double>(bits_as<float>(static_cast<std::uint32_t>(bs[i]))) -
                       static_cast<double>(bits_as<float>(static_cast<std::uint32_t>(ps[i])))) +
                      0.0;
     const float s = static_cast<float>(static_cast<double>(bits_as<float>(static_cast<std::uint32_t>(ns[i]))) - z);
     const std::uint32_t u = bits_as<std::uint32_t>(s);
-    bad |= (u & 0x7F800000u) == 0x7F800000u ? 1u : 0u;
+    largest = larger(largest, u & 0x7FFFFFFFu);
     os[i] = u;
   }
-  return bad != 0;
+  return largest >= 0x7F800000u;
 }

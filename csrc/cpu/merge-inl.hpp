@@ -16,12 +16,16 @@ constexpr std::size_t kStep = 64;
 
 // Buffers of one tile. The gaps keep them from sharing their offset within a page: loads would otherwise wait for
 // stores to another buffer whose address agrees in the last 12 bits.
+union Values {
+  double f64[kTile];
+  float f32[kTile];
+};
 struct Workspace {
   alignas(64) double acc[kTile];
   unsigned char gap0[320];
-  double post[kTile];
+  Values post;
   unsigned char gap1[320];
-  double base[kTile];
+  Values base;
   unsigned char gap2[320];
   unsigned char out[kTile * sizeof(double)];
   unsigned char gap3[320];
@@ -42,11 +46,12 @@ inline const void* at(const Operand& operand, std::size_t i) {
   return static_cast<const unsigned char*>(operand.data) + i * size_of(operand.dtype);
 }
 
+template <class Value>
 inline void decode_operand(const Operand& operand, std::size_t first, std::size_t n, unsigned char* buffer,
-                           double* out) {
+                           Value* out) {
   const std::size_t steps = rounded_up(n);
   if (operand.data == nullptr) {
-    std::memset(out, 0, steps * sizeof(double));
+    std::memset(out, 0, steps * sizeof(Value));
     return;
   }
   const void* data = whole_steps(at(operand, first), size_of(operand.dtype), n, buffer);
@@ -71,6 +76,13 @@ inline bool encode_to(DType dtype, const double* in, void* out, std::size_t n) {
   }
 }
 
+template <class Value>
+inline void add_term(const Term& term, std::size_t first, std::size_t n, Workspace& work, Value* post, Value* base) {
+  decode_operand(term.post, first, n, work.padded[1], post);
+  decode_operand(term.base, first, n, work.padded[2], base);
+  add_term_tile(post, base, term.alpha, work.acc, rounded_up(n));
+}
+
 // Where post and base are bit-equal but not finite, acc comes out NaN here, and the literal path puts it right; that a
 // delta of NaN or Inf never yields a finite acc is what makes looking at acc alone sufficient.
 Counts merge_general(const Merge& job, std::size_t first, std::size_t n, Workspace& work) {
@@ -78,9 +90,10 @@ Counts merge_general(const Merge& job, std::size_t first, std::size_t n, Workspa
   decode_operand(job.new_base, first, n, work.padded[0], work.acc);
   for (std::size_t t = 0; t < job.n_terms; ++t) {
     const Term& term = job.terms[t];
-    decode_operand(term.post, first, n, work.padded[1], work.post);
-    decode_operand(term.base, first, n, work.padded[2], work.base);
-    add_term_tile(work.post, work.base, term.alpha, work.acc, steps);
+    if (term.post.dtype == DType::f64 || term.base.dtype == DType::f64)
+      add_term(term, first, n, work, work.post.f64, work.base.f64);
+    else  // half the traffic
+      add_term(term, first, n, work, work.post.f32, work.base.f32);
   }
   if (!encode_to(job.out_dtype, work.acc, work.out, steps)) return {};
   return merge_exact(job, first, n, work.out);

@@ -24,12 +24,6 @@ bool has_idle_term(const Merge& job) {
   return false;
 }
 
-Operand advanced(Operand operand, std::size_t elements) {
-  if (operand.data != nullptr)
-    operand.data = static_cast<const unsigned char*>(operand.data) + elements * size_of(operand.dtype);
-  return operand;
-}
-
 // Elements [first, first + count) of `job`; `terms` must outlive the result.
 Merge part_of(const Merge& job, std::size_t first, std::size_t count, std::vector<Term>& terms) {
   terms.assign(job.terms, job.terms + job.n_terms);

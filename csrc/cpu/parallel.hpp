@@ -19,15 +19,15 @@ inline constexpr std::size_t kLeastPiece = 32 * kCut;
 inline constexpr std::size_t kPiecesPerThread = 8;
 
 inline std::size_t piece_size(std::size_t count, int threads) {
-  const std::size_t pieces = static_cast<std::size_t>(threads < 1 ? 1 : threads) * kPiecesPerThread;
+  if (threads <= 1) return count;
+  const std::size_t pieces = static_cast<std::size_t>(threads) * kPiecesPerThread;
   const std::size_t size = (count / pieces + kCut) / kCut * kCut;
   return size < kLeastPiece ? kLeastPiece : size;
 }
 
 inline std::size_t pieces_for(std::size_t count, int threads) {
-  if (threads <= 1) return 1;
   const std::size_t size = piece_size(count, threads);
-  return (count + size - 1) / size;
+  return count == 0 ? 0 : (count + size - 1) / size;
 }
 
 // Calls work(worker, first, count) for pieces that together cover [0, count), on at most `threads` threads, of which
@@ -51,8 +51,8 @@ void for_each_piece(std::size_t count, int threads, const Work& work) {
     }
   };
   std::vector<std::thread> helpers;
-  helpers.reserve(static_cast<std::size_t>(threads));
-  for (std::size_t worker = 1; worker < static_cast<std::size_t>(threads) && worker < pieces; ++worker) {
+  helpers.reserve(pieces);
+  for (std::size_t worker = 1; static_cast<int>(worker) < threads && worker < pieces; ++worker) {
     try {
       helpers.emplace_back(run, worker);
     } catch (const std::system_error&) {

@@ -22,7 +22,10 @@
 #pragma GCC target("avx2,f16c")
 #endif
 
+// clang-format off: in this order
 #include "cpu/merge-inl.hpp"
+#include "cpu/norms-inl.hpp"
+// clang-format on
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -13,4 +13,7 @@
 #define PARAMDELTA_TARGET PARAMDELTA_SCALAR
 #define PARAMDELTA_TARGET_NAMESPACE scalar
 
+// clang-format off: in this order
 #include "cpu/merge-inl.hpp"
+#include "cpu/norms-inl.hpp"
+// clang-format on

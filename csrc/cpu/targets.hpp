@@ -1,14 +1,18 @@
-// What each instruction set's translation unit provides: the loops of merge-inl.hpp, compiled for that set.
+// What each instruction set's translation unit provides: the loops of merge-inl.hpp and norms-inl.hpp, compiled for it.
 #pragma once
 
 #include "core/expression.hpp"
 #include "cpu/merge.hpp"
+#include "cpu/norms.hpp"
 
 #if defined(__x86_64__)
 #define PARAMDELTA_X86 1
 #else
 #define PARAMDELTA_X86 0
 #endif
+
+// The loops take two 16-bit elements from one 32-bit word, the lower one first.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "little-endian machines only, as in the files themselves");
 
 // The numbers by which the -inl files choose, where plain loops are not enough.
 #define PARAMDELTA_SCALAR 0
@@ -20,14 +24,20 @@ namespace paramdelta::cpu {
 // Terms with alpha == 0 are gone, and the floating-point mode is set.
 namespace scalar {
 Counts merge_range(const Merge& job, Store store);
-}
+void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
+                     NormSums& sums);
+}  // namespace scalar
 #if PARAMDELTA_X86
 namespace avx2 {
 Counts merge_range(const Merge& job, Store store);
-}
+void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
+                     NormSums& sums);
+}  // namespace avx2
 namespace avx512 {
 Counts merge_range(const Merge& job, Store store);
-}
+void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
+                     NormSums& sums);
+}  // namespace avx512
 #endif
 
 }  // namespace paramdelta::cpu

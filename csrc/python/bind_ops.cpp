@@ -12,6 +12,7 @@
 
 #include "core/dtypes.hpp"
 #include "cpu/merge.hpp"
+#include "cpu/norms.hpp"
 #include "python/bind.hpp"
 
 namespace py = pybind11;
@@ -55,6 +56,17 @@ std::tuple<std::uint64_t, std::uint64_t, std::uint64_t> merge(OperandTuple new_b
   return {counts.nan, counts.inf, counts.overflow};
 }
 
+std::tuple<double, double, double, double> norms(OperandTuple post, OperandTuple base, OperandTuple new_base,
+                                                 std::size_t count, int threads,
+                                                 const std::optional<std::string>& isa) {
+  const auto read = [](const OperandTuple& operand) { return operand_of(std::get<0>(operand), std::get<1>(operand)); };
+  const Operand p = read(post), b = read(base), n = read(new_base);
+  const cpu::Isa chosen = isa_of(isa);
+  const py::gil_scoped_release unlocked;
+  const cpu::NormSums sums = cpu::norms_parallel(chosen, p, b, n, count, threads);
+  return {sums.delta_squared.rounded(), sums.drift_squared.rounded(), sums.inner.rounded(), sums.largest()};
+}
+
 }  // namespace
 
 cpu::Isa isa_of(const std::optional<std::string>& name) {
@@ -94,6 +106,9 @@ void bind_ops(py::module_& module) {
   module.def("merge", &merge, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("out"), py::arg("count"),
              py::arg("streamed"), py::arg("threads"), py::arg("isa"),
              "Merge contiguous memory; return the counts (nan, inf, overflow). Address 0 stands for zeros.");
+  module.def("norms", &norms, py::kw_only(), py::arg("post"), py::arg("base"), py::arg("new_base"), py::arg("count"),
+             py::arg("threads"), py::arg("isa"),
+             "Return |post - base|^2, |new_base - base|^2, their inner product and max |post - base|.");
 }
 
 }  // namespace paramdelta

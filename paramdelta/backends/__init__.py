@@ -1,7 +1,8 @@
-"""Where kernels run. A registry of backends, each imported only when it is asked for, each able to say why it cannot run.
+"""Where kernels run: a registry of backends, each imported only when asked for, each able to say why it cannot run.
 
-``names()`` lists them all, ``available()`` those that run here, ``why_not(name)`` gives the reason for any other, and
-``get(name).capabilities()`` what a backend supports. All compute the same bits; they differ in where the memory is.
+``names()`` lists them all, ``available()`` those that run here, ``why_not(name)`` gives the reason for any
+other, and ``get(name).capabilities()`` what a backend supports. All compute the same bits; they differ in
+where the memory is.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Term(NamedTuple):
 class Counts(NamedTuple):
     """Results that a user should know of.
 
-    ``nan``: outputs that are NaN. ``inf``: outputs for which the binary64 result is infinite. ``overflow``: finite
-    results whose rounding exceeds the largest finite value of the output type; for f8_e4m3, which has no Inf, infinite
-    results too.
+    ``nan``: outputs that are NaN. ``inf``: outputs for which the binary64 result is infinite. ``overflow``:
+    finite results whose rounding exceeds the largest finite value of the output type; for f8_e4m3, which has
+    no Inf, infinite results too.
     """
 
     nan: int = 0
@@ -63,8 +64,9 @@ class Norms(NamedTuple):
 class Capabilities:
     """What a backend supports.
 
-    ``devices`` are the torch device types whose memory it takes, ``inputs`` and ``outputs`` the dtypes, ``variants``
-    the instruction sets or architectures present here, slowest first, ``norms`` whether it computes them.
+    ``devices`` are the torch device types whose memory it takes, ``inputs`` and ``outputs`` the dtypes,
+    ``variants`` the instruction sets or architectures present here, slowest first, ``norms`` whether it
+    computes them.
     """
 
     devices: tuple[str, ...]

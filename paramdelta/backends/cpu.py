@@ -6,11 +6,12 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from paramdelta.backends import Capabilities, Counts, Operand, Term
+from paramdelta.backends import Capabilities, Counts, Norms, Operand, Term
 from paramdelta.dtypes import MERGE_DTYPES
 
-# Outputs from this size on bypass the cache: with its three inputs, a merge of this size has left the last-level cache
-# of a core's share long before it ends, and ordinary stores would first read every line that they replace.
+# Outputs from this size on bypass the cache: with its three inputs, a merge of this size has left the
+# last-level cache of a core's share long before it ends, and ordinary stores would first read every line that
+# they replace.
 STREAMED_FROM_BYTES = 8 << 20
 
 
@@ -30,7 +31,7 @@ def capabilities() -> Capabilities:
         inputs=MERGE_DTYPES,
         outputs=MERGE_DTYPES,
         variants=tuple(_extension().available_isas()),
-        norms=False,
+        norms=True,
     )
 
 
@@ -46,8 +47,9 @@ def merge(
 ) -> Counts:
     """Write encode(new_base + Σ alpha · (post − base)) to ``out``, for ``count`` elements.
 
-    ``isa`` names one of ``capabilities().variants``; None takes the best, or what PARAMDELTA_ISA names. ``streamed``
-    says whether the output bypasses the cache; None decides by its size. Neither changes a bit of the result.
+    ``isa`` names one of ``capabilities().variants``; None takes the best, or what PARAMDELTA_ISA names.
+    ``streamed`` says whether the output bypasses the cache; None decides by its size. Neither changes a bit
+    of the result.
     """
     if streamed is None:
         streamed = count * out.dtype.itemsize >= STREAMED_FROM_BYTES
@@ -58,6 +60,22 @@ def merge(
             out=(out.address, out.dtype.code),
             count=count,
             streamed=streamed,
+            threads=threads,
+            isa=isa,
+        )
+    )
+
+
+def norms(
+    post: Operand, base: Operand, new_base: Operand, count: int, *, threads: int, isa: str | None = None
+) -> Norms:
+    """Return the norms of ``count`` elements, which are the whole tensor, as ``ops.norms`` defines them."""
+    return Norms(
+        *_extension().norms(
+            post=(post.address, post.dtype.code),
+            base=(base.address, base.dtype.code),
+            new_base=(new_base.address, new_base.dtype.code),
+            count=count,
             threads=threads,
             isa=isa,
         )

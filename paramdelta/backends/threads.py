@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_VERSION_1: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+_VERSION_2: tuple[str, ...] = ("cpu.max",)
 
 
 def default_threads() -> int:
@@ -44,10 +46,10 @@ def read_quota(lines: list[str], root: Path) -> float | None:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            hierarchy, files = root, ("cpu.max",)
+            hierarchy, files = root, _VERSION_2
         elif "cpu" in controllers.split(","):
             hierarchy = next((root / d for d in (controllers, "cpu") if (root / d).is_dir()), root)
-            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            files = _VERSION_1
         else:
             continue
         group = Path(path.lstrip("/"))
@@ -60,7 +62,8 @@ def read_quota(lines: list[str], root: Path) -> float | None:
 
 def _quota_in(folder: Path, files: tuple[str, ...]) -> float | None:
     try:
-        # Version 2 writes both numbers into one file, version 1 has a file for each: "max" or -1 mean no quota.
+        # Version 2 writes both numbers into one file, version 1 has a file for each: "max" or -1 mean no
+        # quota.
         quota, period = " ".join((folder / file).read_text() for file in files).split()
     except (OSError, ValueError):
         return None

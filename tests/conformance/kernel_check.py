@@ -1,0 +1,91 @@
+"""How conformance is checked: a call of the kernels on stored codes, a comparison that shows the first bad one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from paramdelta import backends, reference
+from paramdelta.backends import cpu
+from paramdelta.dtypes import DType
+
+Codes = np.ndarray[Any, Any]
+
+
+def operand(array: reference.Array) -> backends.Operand:
+    """Return the memory of an array of the reference's. It must outlive the call."""
+    if array.codes is None:
+        return backends.Operand(0, array.dtype)
+    assert array.codes.flags.c_contiguous
+    assert array.codes.itemsize == array.dtype.itemsize
+    return backends.Operand(array.codes.__array_interface__["data"][0], array.dtype)
+
+
+def run(
+    new_base: reference.Array,
+    terms: Sequence[reference.Term],
+    dtype: DType,
+    *,
+    isa: str,
+    threads: int = 1,
+    streamed: bool = False,
+    out: Codes | None = None,
+    count: int | None = None,
+) -> reference.Merged:
+    """Merge with the kernels. ``out`` may be given to choose its place in memory."""
+    if count is None:
+        assert new_base.codes is not None
+        count = new_base.codes.size
+    if out is None:
+        out = np.full(count, 0x55, reference.code_type(dtype))
+    counts = cpu.merge(
+        operand(new_base),
+        [backends.Term(operand(t.post), operand(t.base), t.alpha) for t in terms],
+        backends.Operand(out.__array_interface__["data"][0], dtype),
+        count,
+        threads=threads,
+        isa=isa,
+        streamed=streamed,
+    )
+    return reference.Merged(out, *counts)
+
+
+def equal(
+    got: reference.Merged,
+    want: reference.Merged,
+    new_base: reference.Array,
+    terms: Sequence[reference.Term],
+) -> None:
+    """Fail, showing the first element that differs, unless codes and counts are equal."""
+    bad = np.flatnonzero(got.codes != want.codes)
+    if bad.size:
+        i = int(bad[0])
+        operands = [("new_base", new_base)]
+        for k, term in enumerate(terms):
+            operands += [(f"post[{k}]", term.post), (f"base[{k}]", term.base)]
+        shown = ", ".join(
+            f"{name} {'zeros' if a.codes is None else hex(int(a.codes[i]))} ({a.dtype})" for name, a in operands
+        )
+        alphas = [t.alpha for t in terms]
+        raise AssertionError(
+            f"{bad.size} of {got.codes.size} elements differ, first [{i}]: expected {int(want.codes[i]):#x}, "
+            f"got {int(got.codes[i]):#x} from {shown}, alpha {alphas}"
+        )
+    assert got[1:] == want[1:], f"counts (nan, inf, overflow): expected {want[1:]}, got {got[1:]}"
+
+
+def check(
+    new_base: reference.Array,
+    terms: Sequence[reference.Term],
+    dtype: DType,
+    *,
+    isa: str,
+    want: reference.Merged | None = None,
+    **options: Any,
+) -> None:
+    """Merge with the kernels and compare with the reference."""
+    if want is None:
+        want = reference.merge(new_base, terms, dtype, options.get("count"))
+    equal(run(new_base, terms, dtype, isa=isa, **options), want, new_base, terms)
