@@ -40,8 +40,9 @@ def test_the_stub_is_the_module() -> None:
     tree = ast.parse(STUB.read_text())
     functions = {n.name: [a.arg for a in n.args.kwonlyargs] for n in tree.body if isinstance(n, ast.FunctionDef)}
     classes = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+    values = {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     public = {n for n in vars(_cpu) if not n.startswith("_")}
-    assert public == functions.keys() | classes
+    assert public == functions.keys() | classes | values
     for name, keywords in functions.items():
         signature = (getattr(_cpu, name).__doc__ or "").splitlines()[0]
         for keyword in keywords:

@@ -23,9 +23,7 @@ def main() -> NoReturn:
     as_json = "--json" in sys.argv[1:]
     try:
         code = cli.main(prog_name="paramdelta", standalone_mode=False)
-    except click.exceptions.Abort:
-        code = EXIT_INTERRUPTED
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         print("interrupted: nothing was published, the temporary folder is removed", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except click.ClickException as error:
