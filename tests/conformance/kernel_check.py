@@ -12,6 +12,7 @@ from paramdelta.backends import cpu
 from paramdelta.dtypes import DType
 
 Codes = np.ndarray[Any, Any]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def operand(array: reference.Array) -> backends.Operand:
@@ -89,3 +90,36 @@ def check(
     if want is None:
         want = reference.merge(new_base, terms, dtype, options.get("count"))
     equal(run(new_base, terms, dtype, isa=isa, **options), want, new_base, terms)
+
+
+def special(new_base: reference.Array, terms: Sequence[reference.Term], want: reference.Merged, dtype: DType) -> Mask:
+    """Return which elements send their tile to the literal path: NaN or Inf in an operand, overflow or nearly so."""
+    mask = np.abs(reference.decode(want.codes, dtype)) < reference.decode(largest_code(dtype), dtype)
+    for array in (new_base, *(a for t in terms for a in (t.post, t.base))):
+        assert array.codes is not None
+        mask &= np.isfinite(reference.decode(array.codes, array.dtype))
+    return ~mask
+
+
+def largest_code(dtype: DType) -> Codes:
+    """Return the code of the largest finite value."""
+    return np.array([reference.FORMATS[dtype.name].largest], reference.code_type(dtype))
+
+
+def pick(
+    new_base: reference.Array, terms: Sequence[reference.Term], want: reference.Merged, order: Codes
+) -> tuple[reference.Array, list[reference.Term], reference.Merged]:
+    """Return the elements of a merge and its result in another order, or some of them."""
+
+    def at(array: reference.Array) -> reference.Array:
+        return reference.Array(None if array.codes is None else array.codes[order], array.dtype)
+
+    picked = [reference.Term(at(t.post), at(t.base), t.alpha) for t in terms]
+    return at(new_base), picked, reference.Merged(want.codes[order], *want[1:])
+
+
+def apart(
+    new_base: reference.Array, terms: Sequence[reference.Term], want: reference.Merged, mask: Mask
+) -> tuple[reference.Array, list[reference.Term], reference.Merged]:
+    """Return a merge with the elements under ``mask`` last: one of them among others would hide a fault of its tile."""
+    return pick(new_base, terms, want, np.argsort(mask, kind="stable"))
