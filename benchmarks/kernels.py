@@ -131,7 +131,9 @@ def measure(bench: Bench, isa: str, threads: int, rounds: int) -> Record:
     roofline.choose()
     bench.merge(isa, threads)
     pairs = [(roofline.sample(), bench.merge(isa, threads)) for _ in range(rounds)]
-    return make_record(bench, isa, threads, [kernel for _, kernel in pairs], [limit for limit, _ in pairs], roofline.names)
+    return make_record(
+        bench, isa, threads, [kernel for _, kernel in pairs], [limit for limit, _ in pairs], roofline.names
+    )
 
 
 def make_record(

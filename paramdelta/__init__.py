@@ -64,7 +64,9 @@ def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'paramdelta' has no attribute {name!r}")
-    value = importlib.import_module(f"paramdelta.{name}") if not module else getattr(importlib.import_module(module), name)
+    value = (
+        importlib.import_module(f"paramdelta.{name}") if not module else getattr(importlib.import_module(module), name)
+    )
     globals()[name] = value
     return value
 

@@ -1,5 +1,5 @@
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 def dtypes() -> list[tuple[str, int, bool]]: ...
 def available_isas() -> list[str]: ...

@@ -108,9 +108,7 @@ def run_merge(
     with Staging(request.out) as staging:
         write_files(staging.folder, plan.written_files())
         outputs = engine.create_outputs(plan.work, staging.folder)
-        result = engine.run(
-            plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress
-        )
+        result = engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress)
         nonfinite = _nonfinite(plan, result)
         publishable = not nonfinite or request.allow_nonfinite
         if publishable:
@@ -160,9 +158,7 @@ def _nonfinite(plan: Plan, result: engine.RunResult) -> tuple[NonFinite, ...]:
 def _nonfinite_text(rows: tuple[NonFinite, ...]) -> str:
     lines = [
         f"  {shown(r.tensor)} ({r.dtype}, {r.elements:,} elements): "
-        + ", ".join(
-            f"{n:,} {what}" for n, what in ((r.nan, "NaN"), (r.inf, "Inf"), (r.overflow, "overflow")) if n
-        )
+        + ", ".join(f"{n:,} {what}" for n, what in ((r.nan, "NaN"), (r.inf, "Inf"), (r.overflow, "overflow")) if n)
         for r in rows
     ]
     return "\n".join(

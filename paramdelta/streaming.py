@@ -58,9 +58,7 @@ def stream(
     return _batches(prepare(request), framework, options, batch_bytes)
 
 
-def _batches(
-    plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int
-) -> Iterator[tuple[str, Any]]:
+def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:
     ahead: _Batch | None = None
     groups = _grouped(plan, batch_bytes)
     try:
@@ -98,9 +96,7 @@ class _Batch:
         pairs = [allocate(plan, tensor) for tensor in tensors]
         self._values = [value for value, _ in pairs]
         work = _into_memory(plan.work, tensors, [memory.nbytes for _, memory in pairs])
-        self._run = engine.start(
-            work, [memory for _, memory in pairs], tensors=len(plan.names), options=options
-        )
+        self._run = engine.start(work, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 
     def finish(self) -> list[tuple[str, Any]]:
         try:
@@ -112,8 +108,7 @@ class _Batch:
         counts = self._run.finish().counts
         if counts and not self._plan.request.allow_nonfinite:
             rows = ", ".join(
-                f"{shown(self._plan.names[c.tensor])} ({c.nan} NaN, {c.inf} Inf, {c.overflow} overflow)"
-                for c in counts
+                f"{shown(self._plan.names[c.tensor])} ({c.nan} NaN, {c.inf} Inf, {c.overflow} overflow)" for c in counts
             )
             raise NonFiniteError(f"results that are not finite: {rows} (allow_nonfinite=True lets them pass)")
         return list(zip((self._plan.names[t] for t in self._tensors), self._values, strict=True))
@@ -135,8 +130,7 @@ def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
     terms = work.terms.copy()
     used = np.zeros(len(work.inputs), bool)
     term_rows = np.concatenate(
-        [np.arange(f, f + n) for f, n in zip(spans["first_term"], spans["n_terms"], strict=True)]
-        or [np.arange(0)]
+        [np.arange(f, f + n) for f, n in zip(spans["first_term"], spans["n_terms"], strict=True)] or [np.arange(0)]
     )
     for column in (spans["new_file"], terms["post_file"][term_rows], terms["base_file"][term_rows]):
         used[column[column >= 0]] = True

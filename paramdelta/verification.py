@@ -1,6 +1,6 @@
 """Checks a merged folder against its sources by another way than it was made: tensors are read through the safetensors
-library, by name, and recomputed by :mod:`paramdelta.reference`. Only the plan's decisions (what happens to which tensor) are
-shared with the merge, and those come from the request that the folder itself records."""
+library, by name, and recomputed by :mod:`paramdelta.reference`. Only the plan's decisions (what happens to which
+tensor) are shared with the merge, and those come from the request that the folder itself records."""
 
 from __future__ import annotations
 
@@ -128,12 +128,17 @@ def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:
         expected = (plan.dtype_of(tensor), plan.shape_of(tensor), plan.work.outputs[plan.out_files[tensor]][0])
         found = (spec.dtype, spec.shape, made.files[spec.file].name)
         if found != expected:
-            yield f"{shown(name)}: is {found[0]} {list(found[1])} in {found[2]}, expected {expected[0]} {list(expected[1])} in {expected[2]}"
+            yield f"{shown(name)}: is {_placed(found)}, expected {_placed(expected)}"
     extra = set(table.names) - set(plan.names)
     if extra:
         yield f"{len(extra)} tensors that the merge does not make: {shown(sorted(extra)[0])}"
     if plan.index is not None and not (made.path / INDEX).is_file():
         yield f"{INDEX}: missing"
+
+
+def _placed(found: tuple[DType, tuple[int, ...], str]) -> str:
+    dtype, shape, file = found
+    return f"{dtype} {list(shape)} in {file}"
 
 
 class _Readers:
@@ -156,7 +161,7 @@ class _Readers:
         if dtype.bits % 8 or dtype.name.startswith("f8") or dtype.name == "c64":
             return _raw_codes(path, name, dtype, table.shapes[row], first, last)
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="np").__enter__()
+            self._open[path] = safe_open(path, framework="np").__enter__()  # type: ignore[no-untyped-call]
         file = self._open[path]
         shape = table.shapes[row]
         array = file.get_slice(name)[first:last] if shape and 0 not in shape else file.get_tensor(name)
@@ -164,13 +169,11 @@ class _Readers:
         return flat.view(np.dtype(f"u{dtype.itemsize}"))
 
 
-def _raw_codes(
-    path: Path, name: str, dtype: DType, shape: tuple[int, ...], first: int, last: int
-) -> NDArray[Any]:
+def _raw_codes(path: Path, name: str, dtype: DType, shape: tuple[int, ...], first: int, last: int) -> NDArray[Any]:
     """Read a tensor whose type the library's NumPy front end does not know: bytes, by its other entry."""
     from safetensors import deserialize
 
-    info = dict(deserialize(path.read_bytes()))[name]
+    info = dict(deserialize(path.read_bytes()))[name]  # type: ignore[no-untyped-call]
     data = np.frombuffer(bytes(info["data"]), np.uint8)
     rows = max(shape[0] if shape else 1, 1)
     width = len(data) // rows

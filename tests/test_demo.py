@@ -107,9 +107,7 @@ def test_values_are_weight_like(folders: dict[str, Path]) -> None:
     equal = {name for name in shapes if post[name].tobytes() == base[name].tobytes()}
     frozen = {f"model.layers.{i}.input_layernorm.weight" for i in (0, 2)} | {"model.norm.weight"}
     assert frozen <= equal
-    assert all("norm" in name for name in equal), (
-        "only norms may be equal: near 1, few deltas outgrow half an ulp"
-    )
+    assert all("norm" in name for name in equal), "only norms may be equal: near 1, few deltas outgrow half an ulp"
     name = "model.layers.1.mlp.up_proj.weight"
     p, b, n = (tensors[name].astype(np.float64) for tensors in (post, base, new_base))
     assert b.std() == pytest.approx(0.02, rel=0.05)

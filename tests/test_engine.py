@@ -54,13 +54,9 @@ class WorkBuilder:
             post_file, post_offset, post_codes = self.store(1, post, count)
             base_file, base_offset, base_codes = self.store(2, base, count) if base else (-1, 0, None)
             base = base or post
-            self.terms.append(
-                (alpha, post_offset, base_offset, post_file, base_file, post.code, base.code, b"")
-            )
+            self.terms.append((alpha, post_offset, base_offset, post_file, base_file, post.code, base.code, b""))
             reference_terms.append(
-                reference.Term(
-                    reference.Array(post_codes, post), reference.Array(base_codes, base), alpha
-                )
+                reference.Term(reference.Array(post_codes, post), reference.Array(base_codes, base), alpha)
             )
         new = new or out
         merged = reference.merge(reference.Array(new_codes, new), reference_terms, out, count)
@@ -92,9 +88,7 @@ class WorkBuilder:
         data, offset = RNG.bytes(count), len(self.inputs[0])
         self.inputs[0] += data
         u8 = dtypes.BY_NAME["u8"].code
-        self.spans.append(
-            (len(self.outputs[out_file]), count, offset, self.tensors, out_file, 0, 0, 0, u8, u8, b"")
-        )
+        self.spans.append((len(self.outputs[out_file]), count, offset, self.tensors, out_file, 0, 0, 0, u8, u8, b""))
         self.outputs[out_file] += data
         self.tensors += 1
 
@@ -143,9 +137,7 @@ def test_files_come_out_as_the_reference(tmp_path: Path, threads: int, memory: i
     paths = engine.create_outputs(work, out)
     seen: list[tuple[int, int]] = []
     options = engine.EngineOptions(threads=threads, memory=memory)
-    result = engine.run(
-        work, paths, tensors=builder.tensors, options=options, on_progress=lambda *at: seen.append(at)
-    )
+    result = engine.run(work, paths, tensors=builder.tensors, options=options, on_progress=lambda *at: seen.append(at))
     for i, expected in enumerate(builder.outputs):
         assert (out / f"out{i}").read_bytes() == bytes(expected), f"output file {i}"
     assert result.counts == ()
@@ -244,9 +236,7 @@ def test_what_progress_raises_stops_the_run(tmp_path: Path) -> None:
         ("first_term", -1, "terms out of range"),
     ],
 )
-def test_work_that_points_nowhere_is_refused(
-    tmp_path: Path, column: str, value: int, message: str
-) -> None:
+def test_work_that_points_nowhere_is_refused(tmp_path: Path, column: str, value: int, message: str) -> None:
     builder = sample(tmp_path)
     work = builder.build()
     work.spans[column][0] = value

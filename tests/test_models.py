@@ -1,4 +1,4 @@
-"""Real checkpoints, made by transformers: merged, every tensor bit-equal to the reference, loaded again, and generating."""
+"""Real checkpoints, made by transformers: merged, bit-equal to the reference, loaded again, and generating."""
 
 from __future__ import annotations
 

@@ -7,9 +7,28 @@
 namespace paramdelta {
 
 enum class DType : std::uint8_t {
-  bf16, f16, f32, f64, f8_e4m3, f8_e5m2,  // the types with arithmetic
-  f8_e8m0, f8_e4m3fnuz, f8_e5m2fnuz, f6_e2m3, f6_e3m2, f4,
-  boolean, u8, i8, u16, i16, u32, i32, u64, i64, c64,
+  bf16,
+  f16,
+  f32,
+  f64,
+  f8_e4m3,
+  f8_e5m2,  // the types with arithmetic
+  f8_e8m0,
+  f8_e4m3fnuz,
+  f8_e5m2fnuz,
+  f6_e2m3,
+  f6_e3m2,
+  f4,
+  boolean,
+  u8,
+  i8,
+  u16,
+  i16,
+  u32,
+  i32,
+  u64,
+  i64,
+  c64,
 };
 
 struct DTypeInfo {
@@ -19,12 +38,12 @@ struct DTypeInfo {
 };
 
 inline constexpr DTypeInfo kDTypes[] = {
-    {"bf16", 16, true},         {"f16", 16, true},          {"f32", 32, true},      {"f64", 64, true},
-    {"f8_e4m3", 8, true},       {"f8_e5m2", 8, true},       {"f8_e8m0", 8, false},  {"f8_e4m3fnuz", 8, false},
-    {"f8_e5m2fnuz", 8, false},  {"f6_e2m3", 6, false},      {"f6_e3m2", 6, false},  {"f4", 4, false},
-    {"bool", 8, false},         {"u8", 8, false},           {"i8", 8, false},       {"u16", 16, false},
-    {"i16", 16, false},         {"u32", 32, false},         {"i32", 32, false},     {"u64", 64, false},
-    {"i64", 64, false},         {"c64", 64, false},
+    {"bf16", 16, true},        {"f16", 16, true},     {"f32", 32, true},     {"f64", 64, true},
+    {"f8_e4m3", 8, true},      {"f8_e5m2", 8, true},  {"f8_e8m0", 8, false}, {"f8_e4m3fnuz", 8, false},
+    {"f8_e5m2fnuz", 8, false}, {"f6_e2m3", 6, false}, {"f6_e3m2", 6, false}, {"f4", 4, false},
+    {"bool", 8, false},        {"u8", 8, false},      {"i8", 8, false},      {"u16", 16, false},
+    {"i16", 16, false},        {"u32", 32, false},    {"i32", 32, false},    {"u64", 64, false},
+    {"i64", 64, false},        {"c64", 64, false},
 };
 inline constexpr std::size_t kDTypeCount = sizeof(kDTypes) / sizeof(kDTypes[0]);
 inline constexpr std::size_t kMergeDTypeCount = 6;

@@ -9,7 +9,9 @@ namespace {
 
 constexpr std::int64_t kPage = 4096;
 
-std::int64_t out_size(const Span& span) { return static_cast<std::int64_t>(size_of(static_cast<DType>(span.out_dtype))); }
+std::int64_t out_size(const Span& span) {
+  return static_cast<std::int64_t>(size_of(static_cast<DType>(span.out_dtype)));
+}
 
 // Slot bytes of `count` elements of a span.
 struct Cost {
@@ -51,8 +53,10 @@ bool Cursor::next(std::vector<Part>& parts) {
     if (take < left) {
       const std::int64_t page_end = (begin + take * out_size(span)) / kPage * kPage;
       const std::int64_t aligned = (page_end - begin) / out_size(span);
-      if (aligned > 0) take = aligned;
-      else if (!parts.empty()) break;
+      if (aligned > 0)
+        take = aligned;
+      else if (!parts.empty())
+        break;
     }
     if (take > 0) parts.push_back({span_, element_, take});
     const Cost cost = cost_of(work_, span);

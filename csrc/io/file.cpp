@@ -58,7 +58,7 @@ File::~File() {
 }
 
 std::int64_t File::size() const {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(fd_, &status) != 0) fail(path_, "fstat", -1, errno);
   return static_cast<std::int64_t>(status.st_size);
 }

@@ -67,8 +67,10 @@ void Slot::lay_out_operand(std::size_t k) {
       const std::size_t item = size_of(at.dtype);
       at.offset += part.first * static_cast<std::int64_t>(item);
       const std::size_t bytes = static_cast<std::size_t>(part.count) * item;
-      if (Work::is_copy(span)) read_into(to = outs_[i], at, bytes);
-      else to = place(at, bytes);
+      if (Work::is_copy(span))
+        read_into(to = outs_[i], at, bytes);
+      else
+        to = place(at, bytes);
     }
     where_.push_back(to);
   }
@@ -96,7 +98,8 @@ void Slot::lay_out(std::vector<Target>& outputs) {
   }
   // Operand by operand, so that what lies together in a file is read together.
   for (std::size_t k = 0; k < operands; ++k) lay_out_operand(k);
-  if (free_ > memory_ + bytes_) throw std::logic_error("a load outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
+  if (free_ > memory_ + bytes_)
+    throw std::logic_error("a load outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
 }
 
 std::size_t Slot::fill(const std::vector<File>& inputs, std::vector<Target>& outputs) {
@@ -117,9 +120,14 @@ Merge Slot::job(std::size_t part) {
   terms_.clear();
   for (int k = 0; k < span.n_terms; ++k) {
     const auto post = static_cast<std::size_t>(1 + 2 * k);
-    terms_.push_back({operand(post), operand(post + 1), work_.terms[static_cast<std::size_t>(span.first_term + k)].alpha});
+    terms_.push_back(
+        {operand(post), operand(post + 1), work_.terms[static_cast<std::size_t>(span.first_term + k)].alpha});
   }
-  return {operand(0), terms_.data(), terms_.size(), outs_[part], static_cast<DType>(span.out_dtype),
+  return {operand(0),
+          terms_.data(),
+          terms_.size(),
+          outs_[part],
+          static_cast<DType>(span.out_dtype),
           static_cast<std::size_t>(parts_[part].count)};
 }
 

@@ -94,8 +94,9 @@ void bind_engine(py::module_& module) {
            py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
       .def("start", [](BoundEngine& self) { self.engine->start(); })
       .def("stop", [](BoundEngine& self) { self.engine->stop(); })
-      .def("wait_for", [](BoundEngine& self, double seconds) { return self.engine->wait_for(seconds); },
-           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "wait_for", [](BoundEngine& self, double seconds) { return self.engine->wait_for(seconds); },
+          py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("progress",
            [](const BoundEngine& self) {
              const io::Progress progress = self.engine->progress();

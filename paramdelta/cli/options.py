@@ -26,9 +26,7 @@ def inputs(*, required: bool) -> Callable[[F], F]:
         return _apply(
             function,
             [
-                click.option(
-                    "--post", required=required, type=FOLDER, metavar="DIR", help="The post-trained model."
-                ),
+                click.option("--post", required=required, type=FOLDER, metavar="DIR", help="The post-trained model."),
                 click.option(
                     "--base", required=required, type=FOLDER, metavar="DIR", help="The base it was trained from."
                 ),

@@ -124,10 +124,7 @@ def checkpoint(description: dict[str, Any]) -> None:
     print_columns(
         "dtypes",
         ("dtype", "tensors", "elements", "size"),
-        [
-            (name, f"{d['tensors']:,}", f"{d['elements']:,}", human_bytes(d["bytes"]))
-            for name, d in dtypes.items()
-        ],
+        [(name, f"{d['tensors']:,}", f"{d['elements']:,}", human_bytes(d["bytes"])) for name, d in dtypes.items()],
     )
 
 

@@ -26,17 +26,17 @@ def run_demo(folder: Path, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
     (folder / _MARK).write_text("Written by `paramdelta demo`; safe to delete.\n")
     if not quiet:
         render.say("Writing three Llama-shaped checkpoints (bf16, sharded, with config and tokenizer):")
-    sources = dict(zip(_ROLES, write_demo(folder), strict=True))
+    post, base, new_base = write_demo(folder)
     if not quiet:
-        for role, path in sources.items():
+        for role, path in zip(_ROLES, (post, base, new_base), strict=True):
             size = sum(p.stat().st_size for p in path.iterdir())
             render.say(f"  {role:9}{path}  {render.human_bytes(size)}")
         render.say("\nmerged = new_base + 1.0 · (post − base)")
-    request = make_request(**sources, out=folder / "merged")
+    request = make_request(post=post, base=base, new_base=new_base, out=folder / "merged")
     plan = merging.prepare(request)
     render.print_warnings(plan.warnings)
     report = merging.run_merge(plan)
-    checked = verification.verify(folder / "merged", **sources)
+    checked = verification.verify(folder / "merged", post=post, base=base, new_base=new_base)
     if not quiet:
         present.merge_report(report)
         present.verify_report(checked)
