@@ -3,6 +3,9 @@ number of threads and any slot size, and what fails must fail with a reason."""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -173,15 +176,47 @@ def test_counts_are_reported_per_tensor(tmp_path: Path) -> None:
     assert [(c.tensor, c.nan, c.inf, c.overflow) for c in result.counts] == [(1, 0, 0, 2)]
 
 
-def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_too_short_is_refused(tmp_path: Path) -> None:
     builder = sample(tmp_path)
     work = builder.build()
-    arrays = [np.zeros(size, np.uint8) for _, size in work.outputs]
-    run = engine.start(work, arrays, tensors=builder.tensors, options=engine.EngineOptions(threads=1))
-    run.finish()
     (tmp_path / "in1").write_bytes(b"short")
     with pytest.raises(ValueError, match="reaches beyond the end of its file"):
-        engine.run(work, arrays, tensors=builder.tensors)
+        engine.run(work, [np.zeros(s, np.uint8) for _, s in work.outputs], tensors=builder.tensors)
+
+
+def test_a_file_that_becomes_shorter_while_the_merge_runs_is_named(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    running = _cpu.Engine(
+        spans=work.spans,
+        terms=work.terms,
+        tensors=builder.tensors,
+        inputs=[bytes(path) for path in work.inputs],
+        outputs=[np.zeros(s, np.uint8) for _, s in work.outputs],
+        threads=2,
+        slot_bytes=1 << 20,
+        isa=None,
+    )
+    (tmp_path / "in1").write_bytes(b"short")
+    running.start()
+    with pytest.raises(StorageError, match=r"in1: reading at byte \d+ met the end of the file"):
+        running.finish()
+
+
+def test_what_lies_between_spans_is_left_alone(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    left_out = work.spans[3::5]
+    kept = np.delete(work.spans, np.arange(3, len(work.spans), 5))
+    arrays = [np.full(size, 0xA5, np.uint8) for _, size in work.outputs]
+    engine.run(dataclasses.replace(work, spans=kept), arrays, tensors=builder.tensors)
+    for i, expected in enumerate(builder.outputs):
+        wanted = np.frombuffer(bytes(expected), np.uint8).copy()
+        wanted[:6] = 0xA5
+        for span in left_out[left_out["out_file"] == i]:
+            size = int(span["count"]) * dtypes.DTYPES[span["out_dtype"]].itemsize
+            wanted[span["out_offset"] : span["out_offset"] + size] = 0xA5
+        np.testing.assert_array_equal(arrays[i], wanted)
 
 
 def test_a_missing_input_is_named(tmp_path: Path) -> None:
@@ -194,13 +229,20 @@ def test_a_missing_input_is_named(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_is_named(tmp_path: Path) -> None:
+    """A limit on file sizes makes pwrite fail for real."""
     builder = sample(tmp_path)
     work = builder.build()
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("this system has no /dev/full")
-    with pytest.raises((StorageError, ValueError)):
-        engine.run(work, [full, full], tensors=builder.tensors)
+    out = tmp_path / "out"
+    out.mkdir()
+    paths = engine.create_outputs(work, out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"out0: writing at byte \d+ failed: File too large") as caught:
+            engine.run(work, paths, tensors=builder.tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_what_progress_raises_stops_the_run(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ class Plan:
     """A merge, ready to run. Tensors are numbered in the order of the output files.
 
     ``work`` fills the output files; ``index`` and ``side_files`` are the rest of the folder. ``policies`` is the
-    JSON-ready summary of what happens to which tensors. ``integer_pairs`` are integer tensors (name, row in post, row in
-    base) whose data a merge compares before it starts.
+    JSON-ready summary of what happens to which tensors. ``integer_pairs`` are integer tensors (name, row in post,
+    row in base) whose data a merge compares before it starts.
     """
 
     request: MergeRequest
@@ -72,11 +72,11 @@ class Plan:
 
     def dtype_of(self, tensor: int) -> DType:
         """Return the dtype of an output tensor."""
-        return DTYPES[self.layout.dtypes[tensor]]
+        return DTYPES[int(self.layout.dtypes[tensor])]
 
     def shape_of(self, tensor: int) -> tuple[int, ...]:
         """Return the shape of an output tensor."""
-        return self.pairing.shapes[self.layout.order[tensor]]
+        return self.pairing.shapes[int(self.layout.order[tensor])]
 
     def nbytes_of(self, tensor: int) -> int:
         """Return the bytes of an output tensor."""
@@ -104,9 +104,7 @@ class Plan:
         spans, terms = self.work.spans, self.work.terms
         total = int((spans["count"] * items[spans["new_dtype"]] * (spans["new_file"] >= 0)).sum())
         counts = np.repeat(spans["count"], spans["n_terms"])
-        rows = terms[
-            np.repeat(spans["first_term"], spans["n_terms"]) + _within(spans["n_terms"])
-        ]
+        rows = terms[np.repeat(spans["first_term"], spans["n_terms"]) + _within(spans["n_terms"])]
         for role in ("post", "base"):
             total += int((counts * items[rows[f"{role}_dtype"]] * (rows[f"{role}_file"] >= 0)).sum())
         return total
@@ -176,14 +174,12 @@ def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_bas
     quantised = _quantised((post, base, new_base))
     if quantised:  # their names would not pair, for a reason already given
         raise PlanError([*wrong, *quantised])
-    names = [renamed(c, request.renames(c.role), wrong) for c in (post, base, new_base)]
-    pairing = pair(request, *names, wrong)
+    p, b, n = (renamed(c, request.renames(c.role), wrong) for c in (post, base, new_base))
+    pairing = pair(request, p, b, n, wrong)
     if wrong:
         raise PlanError(wrong)
     layout = lay_out(request, pairing, Tables(post, base, new_base))
-    config = merge_config(
-        post, base, new_base, vocab_size=_vocab_size(pairing, new_base), dtype=request.dtype
-    )
+    config = merge_config(post, base, new_base, vocab_size=_vocab_size(pairing, new_base), dtype=request.dtype)
     carried, left_out = carried_files(post, base, new_base)
     policies = _policies(pairing, config, left_out)
     made = [
@@ -219,17 +215,20 @@ def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str]) -> di
         "unpaired": pairing.unpaired,
         "dropped": pairing.dropped,
         "config_from_post": list(config.taken),
+        "config_new_base_differs": list(config.moved),
         "files_left_out": left_out,
     }
 
 
 def _vocab_size(pairing: Pairing, new_base: Checkpoint) -> int | None:
-    """Return the number of tokens that the output's config must state, None where it stays as it is."""
-    if not pairing.extended:
-        return None
-    return max(
-        shape[0] for name, shape in zip(pairing.names, pairing.shapes, strict=True) if name in set(pairing.extended)
-    )
+    """Return the number of tokens that the output's config must state, None where no tensor has other rows than
+    new_base's."""
+    grown = [
+        shape[0]
+        for kind, shape, row in zip(pairing.kinds, pairing.shapes, pairing.new_base, strict=True)
+        if kind == Kind.EXTENDED and shape != new_base.tensors.shapes[row]
+    ]
+    return max(grown, default=None)
 
 
 def _within(counts: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -1,5 +1,5 @@
-"""config.json merged three ways: new_base's bytes, plus what post-training changed about the model's use, never about its
-structure."""
+"""config.json merged three ways: new_base's bytes, plus what post-training changed about the model's use, never about
+its structure."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "
 
 @dataclass(frozen=True, kw_only=True)
 class MergedConfig:
-    """The output's config.json (None where new_base has none), what was taken from post, and what to warn about."""
+    """The output's config.json (None where new_base has none), what was taken from post, where new_base's structure
+    differs from the one post was trained in, and what to warn about."""
 
     data: bytes | None
     taken: tuple[str, ...]
+    moved: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -47,19 +49,25 @@ def merge_config(
     """Return new_base's config.json, byte for byte unless a field must change.
 
     A field about use that post changed against base is taken from post where new_base still has base's value. Other
-    fields that post changed are reported. ``vocab_size`` and ``dtype`` are set where the output's tensors require it.
+    fields that post changed are warned of. ``vocab_size`` and ``dtype`` are set where the output's tensors require it.
     """
     path = new_base.path / "config.json"
     if not path.is_file():
-        return MergedConfig(data=None, taken=(), warnings=("new_base has no config.json, so the output has none",))
+        return MergedConfig(
+            data=None, taken=(), moved=(), warnings=("new_base has no config.json, so the output has none",)
+        )
     merged = copy.deepcopy(new_base.config)
     taken: list[str] = []
+    moved: list[str] = []
     warnings: list[str] = []
-    _merge_level(post.config, base.config, new_base.config, merged, "", taken, warnings)
+    p, b, n = (_aligned(c.config, new_base.config) for c in (post, base, new_base))
+    _merge_level(p, b, n, merged, "", taken, moved, warnings)
     text = merged.get("text_config") if isinstance(merged.get("text_config"), dict) else merged
     assert isinstance(text, dict)
     if vocab_size is not None and text.get("vocab_size") != vocab_size:
-        text["vocab_size"] = vocab_size
+        for level in (merged, text):
+            if level is text or "vocab_size" in level:
+                level["vocab_size"] = vocab_size
         taken.append(f"vocab_size = {vocab_size}")
     if dtype is not None and dtype.name in _TORCH_NAMES:
         for level in (merged, text):
@@ -67,7 +75,7 @@ def merge_config(
                 if isinstance(level.get(key), str):
                     level[key] = _TORCH_NAMES[dtype.name]
     data = _bytes_of(path, merged, new_base.config)
-    return MergedConfig(data=data, taken=tuple(taken), warnings=tuple(warnings))
+    return MergedConfig(data=data, taken=tuple(taken), moved=tuple(moved), warnings=tuple(warnings))
 
 
 def _bytes_of(path: Path, merged: dict[str, Any], original: dict[str, Any]) -> bytes:
@@ -83,24 +91,68 @@ def _merge_level(
     merged: dict[str, Any],
     prefix: str,
     taken: list[str],
+    moved: list[str],
     warnings: list[str],
 ) -> None:
-    for key in sorted({*post, *base}):
-        ours, theirs = post.get(key, _ABSENT), base.get(key, _ABSENT)
-        kept = new.get(key, _ABSENT)
+    for key in sorted({*post, *base, *new}):
+        ours, theirs, kept = (config.get(key, _ABSENT) for config in (post, base, new))
         if key in _NESTED and all(isinstance(v, dict) for v in (ours, theirs, kept)):
-            _merge_level(ours, theirs, kept, merged[key], f"{prefix}{key}.", taken, warnings)
-        elif ours == theirs or ours == kept or key in _INCIDENTAL:
+            _merge_level(ours, theirs, kept, merged[key], f"{prefix}{key}.", taken, moved, warnings)
+        elif key in _NESTED or key in _INCIDENTAL or (not prefix and kept is _ABSENT and key in _inner(new)):
             continue
-        elif key in USE_FIELDS and kept == theirs and ours is not _ABSENT:
-            merged[key] = ours
-            taken.append(f"{prefix}{key} = {json.dumps(ours)}")
-        else:
-            why = "new_base changed it too" if key in USE_FIELDS else "it is about structure"
-            warnings.append(
-                f"config.json: {prefix}{shown(key)} is {_text(ours)} in post, {_text(theirs)} in base, "
-                f"{_text(kept)} in new_base: kept new_base's, because {why}"
-            )
+        elif key in USE_FIELDS:
+            if ours in (theirs, kept, _ABSENT):
+                continue
+            if kept == theirs:
+                merged[key] = ours
+                taken.append(f"{prefix}{key} = {json.dumps(ours)}")
+            else:
+                warnings.append(_kept(f"{prefix}{key}", ours, theirs, kept, "new_base changed it too"))
+        elif not _same(ours, theirs) and not _same(ours, kept):
+            warnings.append(_kept(f"{prefix}{key}", ours, theirs, kept, "it is about structure"))
+        elif _same(ours, theirs) and not _same(theirs, kept) and theirs is not _ABSENT and kept is not _ABSENT:
+            moved.append(f"{prefix}{shown(key)}: {_text(theirs)} in base, {_text(kept)} in new_base")
+
+
+def _aligned(config: dict[str, Any], new_base: dict[str, Any]) -> dict[str, Any]:
+    """Return a config for comparison: nested as new_base's is, and rope spelled one way.
+
+    transformers 5 writes ``rope_parameters`` for what was ``rope_theta`` and ``rope_scaling``.
+    """
+    inner = _inner(config)
+    flat = {k: v for k, v in config.items() if k not in _NESTED}
+    if _inner(new_base):
+        return _one_rope(flat) | {"text_config": _one_rope(inner or flat)}
+    return _one_rope({**inner, **flat})
+
+
+def _inner(config: dict[str, Any]) -> dict[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        return config
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    rest = {k: v for k, v in config.items() if k != "rope_parameters"}
+    if "rope_theta" in rope:
+        rest["rope_theta"] = rope["rope_theta"]
+    return rest if scaling.get("rope_type") == "default" else {**rest, "rope_scaling": scaling}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values mean the same: releases of transformers differ in whether they write out what is off."""
+    nothing = (_ABSENT, None, False)
+    return (any(a is v for v in nothing) and any(b is v for v in nothing)) or bool(a == b)
+
+
+def _kept(field: str, ours: Any, theirs: Any, kept: Any, why: str) -> str:
+    return (
+        f"config.json: {shown(field)} is {_text(ours)} in post, {_text(theirs)} in base, "
+        f"{_text(kept)} in new_base: kept new_base's, because {why}"
+    )
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ Work is done by columns; Python loops over tensors only where headers are writte
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -78,9 +79,7 @@ def lay_out(request: MergeRequest, pairing: Pairing, tables: Tables) -> Layout:
     if file_names != [SINGLE]:
         names = [pairing.names[i] for i in order]
         index = _index(tables.new_base, names, files, file_names, int(nbytes.sum()), int(elements.sum()))
-    return Layout(
-        order=order, dtypes=dtypes[order], nbytes=nbytes[order], files=files, work=work, index=index
-    )
+    return Layout(order=order, dtypes=dtypes[order], nbytes=nbytes[order], files=files, work=work, index=index)
 
 
 def _take(column: Column, rows: Column) -> Column:
@@ -113,7 +112,10 @@ def _assign(
     last = len(tables.new_base.files) - 1
     lookup = {name: row for row, name in enumerate(table.names)}
     home = np.array(
-        [row if row != NONE else lookup.get(name, NONE) for row, name in zip(new_rows.tolist(), pairing.names, strict=True)],
+        [
+            row if row != NONE else lookup.get(name, NONE)
+            for row, name in zip(new_rows.tolist(), pairing.names, strict=True)
+        ],
         np.int64,
     )
     files = np.where(home == NONE, last, _take(table.file, home))
@@ -178,7 +180,6 @@ def _work(
     alphas = np.array(pairing.alphas, np.float64)[order]
     rows = {role: np.array(getattr(pairing, role), np.int64)[order] for role in ("post", "base", "new_base")}
     from_post = kinds == Kind.FROM_POST
-    source_row = np.where(from_post, rows["post"], rows["new_base"])
     merged = (kinds == Kind.MERGED) & (alphas != 0.0)
 
     spans = np.zeros(len(order), SPAN)
@@ -226,7 +227,8 @@ def _with_extended(
 ) -> tuple[Column, Column]:
     """Replace the spans of tensors whose vocabularies differ by one span per run of rows that the same of the three
     have: what post lacks has no delta, what base or new_base lack counts as zeros."""
-    extra_spans, extra_terms = [], []
+    extra_spans: list[Any] = []
+    extra_terms: list[Any] = []
     for at in extended.tolist():
         i = int(order[at])
         rows = {"post": pairing.post[i], "base": pairing.base[i], "new_base": pairing.new_base[i]}
@@ -234,7 +236,7 @@ def _with_extended(
         have = {role: checkpoints[role].shapes[row][0] for role, row in rows.items()}
         width = math.prod(pairing.shapes[i][1:])
         cuts = sorted({0, *have.values(), pairing.shapes[i][0]})
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in itertools.pairwise(cuts):
             if last > pairing.shapes[i][0]:
                 break
             span = spans[at].copy()
@@ -262,9 +264,7 @@ def _with_extended(
     return spans[np.lexsort((spans["out_offset"], spans["out_file"]))], terms
 
 
-def _shift(
-    target: Any, prefix: str, table: TensorTable, row: int, first: int, width: int, have: int
-) -> None:
+def _shift(target: Any, prefix: str, table: TensorTable, row: int, first: int, width: int, have: int) -> None:
     """Move an operand to row ``first`` of its tensor, or to zeros where the tensor has no such row."""
     if first >= have:
         target[f"{prefix}_file"], target[f"{prefix}_offset"] = _ZEROS, 0

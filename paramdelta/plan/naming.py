@@ -105,18 +105,29 @@ def _numbers(column: Sequence[str]) -> str:
     return f"{{{text}{',…' if len(values) > 6 else ''}}}"
 
 
-def proposed_rename(missing: Sequence[str], extra: Sequence[str], role: str) -> str:
+def proposed_rename(missing: Sequence[str], extra: Sequence[str], role: str, names: Names) -> str:
     """Return the ``--rename`` option that would turn most of ``extra`` (names only ``role`` has) into ``missing`` ones,
-    by replacing a common prefix; an empty string where no such option is plain to see."""
-    by_tail: dict[str, str] = {name.rsplit(".", 3)[-1]: name for name in extra}
+    by replacing a common prefix; an empty string where no such option is plain to see.
+
+    Names of the checkpoint that already pair must not change: where the prefix alone would reach them too, the option
+    spells out what may follow it.
+    """
     wanted = set(missing)
+    tried: set[tuple[str, str]] = set()
     for name in missing[:50]:
-        candidates = [e for e in extra if e.split(".")[-1] == name.split(".")[-1]] or list(by_tail.values())
-        for candidate in candidates[:50]:
+        for candidate in [e for e in extra if e.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:50]:
             old, new = _prefixes(candidate, name)
-            renamed_names = {new + e[len(old) :] for e in extra if e.startswith(old)}
-            if 2 * len(renamed_names & wanted) >= len(wanted):
-                return f"--rename-{role.replace('_', '-')} '^{re.escape(old)}={new}'"
+            if (old, new) in tried:
+                continue
+            tried.add((old, new))
+            tails = [e[len(old) :] for e in extra if e.startswith(old)]
+            hits = [tail for tail in tails if new + tail in wanted]
+            if 2 * len(hits) >= len(wanted):
+                option = f"--rename-{role.replace('_', '-')}"
+                if sum(other.startswith(old) for other in names.rows) == len(hits):
+                    return f"{option} '^{re.escape(old)}={new}'"
+                follows = "|".join(sorted({re.escape(tail.split(".")[0]) for tail in hits}))
+                return f"{option} '^{re.escape(old)}({follows})\\.={new}\\1.'"
     return ""
 
 

@@ -1,5 +1,5 @@
-"""Cheap looks at the data that headers cannot replace: a sample that shows operands in the wrong order, and integer tensors
-that post changed. Both only ever warn."""
+"""Cheap looks at the data that headers cannot replace: a sample that shows operands in the wrong order, and integer
+tensors that post changed. Both only ever warn."""
 
 from __future__ import annotations
 

@@ -9,13 +9,13 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from paramdelta.dtypes import DTYPES
 from paramdelta.errors import Complaint, shown
 from paramdelta.plan.naming import EMBEDDINGS, Names, grouped, is_head, proposed_rename
 from paramdelta.plan.request import ROLES, MergeRequest, matcher
 
 NONE = -1  # a row that a checkpoint does not have
-_MERGES = [d.merges for d in DTYPES]
+# Types whose tensors are tables and masks: new_base's are kept. Other types without arithmetic may hold weights.
+_INTEGERS = frozenset(("bool", "u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"))
 
 
 class Kind(enum.IntEnum):
@@ -90,17 +90,30 @@ class _Pairer:
         shape = table.shapes[row]
         post, base = self.find(self.post, name), self.find(self.base, name)
         if self.left_alone(name):
+            self.converted(self.new_base, name, row)
             self.result.add(name, Kind.FROM_NEW_BASE, shape, row, NONE, NONE)
             return
-        if not _MERGES[table.dtype[row]]:
-            self.result.add(name, Kind.FROM_NEW_BASE, shape, row, NONE, NONE)
-            if post != NONE and base != NONE:
-                self.result.integers.append((name, post, base))
+        if is_head(name) and self.new_base.checkpoint.tied is True and self.has_own_head(name):
+            self.problems.untied.append(name)
             return
         if post == NONE or base == NONE:
             self.unpaired(name, row, post, [n.role for n, r in ((self.post, post), (self.base, base)) if r == NONE])
             return
         self.paired(name, row, post, base)
+
+    def has_own_head(self, name: str) -> bool:
+        """Whether post stores an output embedding that its config does not call a copy of the input embedding."""
+        return name in self.post.rows and self.post.checkpoint.tied is False
+
+    def converted(self, names: Names, name: str, row: int) -> None:
+        """Note fp8 tensors that --dtype would turn into plain numbers although nothing is merged into them."""
+        dtype = names.checkpoint.tensors.dtype_of(row)
+        if dtype.merges and dtype.bits == 8 and self.request.dtype not in (None, dtype):
+            self.note_unscaled(name)
+
+    def note_unscaled(self, name: str) -> None:
+        if not self.request.allow_unscaled:
+            self.problems.unscaled.append(name)
 
     def find(self, names: Names, name: str) -> int:
         row = names.rows.get(name)
@@ -116,12 +129,18 @@ class _Pairer:
         tables = [n.checkpoint.tensors for n in (self.post, self.base, self.new_base)]
         shapes = [t.shapes[r] for t, r in zip(tables, (post, base, row), strict=True)]
         dtypes = [t.dtype_of(r) for t, r in zip(tables, (post, base, row), strict=True)]
-        odd = [f"{d.name} in {role}" for d, role in zip(dtypes, ROLES, strict=True) if not d.merges]
-        if odd:
-            self.problems.kinds.append(f"{shown(name)}: {' and '.join(odd)}, {dtypes[2].name} in new_base")
+        if not all(d.merges for d in dtypes):
+            if not all(d.name in _INTEGERS for d in dtypes):
+                listed = ", ".join(f"{d.name} in {role}" for d, role in zip(dtypes, ROLES, strict=True))
+                self.problems.kinds.append(f"{shown(name)}: {listed}")
+            elif shapes[0] == shapes[1] == shapes[2]:
+                self.result.add(name, Kind.FROM_NEW_BASE, shapes[2], row, NONE, NONE)
+                self.result.integers.append((name, post, base))
+            else:
+                self.differs(name, row, post, shapes)
             return
-        if not self.request.allow_unscaled and any(d.bits == 8 for d in dtypes):
-            self.problems.unscaled.append(name)
+        if any(d.bits == 8 for d in dtypes):
+            self.note_unscaled(name)
         alpha = self.alpha_of(name)
         if shapes[0] == shapes[1] == shapes[2]:
             self.result.add(name, Kind.MERGED, shapes[2], row, post, base, alpha)
@@ -132,7 +151,11 @@ class _Pairer:
                 self.result.add(name, Kind.EXTENDED, (rows, *shapes[2][1:]), row, post, base, alpha)
             else:
                 self.problems.vocab.append(f"{shown(name)}: {_by_role(shapes)}")
-        elif self.request.copy_from == "error":
+        else:
+            self.differs(name, row, post, shapes)
+
+    def differs(self, name: str, row: int, post: int, shapes: list[tuple[int, ...]]) -> None:
+        if self.request.copy_from == "error":
             self.problems.shapes.append(f"{shown(name)}: {_by_role(shapes)}")
         else:
             self.copy(name, row, post)
@@ -156,10 +179,12 @@ class _Pairer:
         self.result.unpaired.append(name)
         if self.request.copy_from == "new-base":
             shape = self.new_base.checkpoint.tensors.shapes[row]
+            self.converted(self.new_base, name, row)
             self.result.add(name, Kind.FROM_NEW_BASE, shape, row, NONE, NONE)
         elif post == NONE:
             self.problems.no_donor.append(name)
         else:
+            self.converted(self.post, name, post)
             self.result.add(name, Kind.FROM_POST, self.post.checkpoint.tensors.shapes[post], NONE, post, NONE)
 
     def leftovers(self) -> None:
@@ -174,6 +199,7 @@ class _Pairer:
                     self.problems.extra[names.role].append(name)
                 elif names.role == "post" and self.request.copy_from == "post":
                     shape = names.checkpoint.tensors.shapes[row]
+                    self.converted(names, name, row)
                     self.result.unpaired.append(name)
                     self.result.add(name, Kind.FROM_POST, shape, NONE, row, NONE)
                 else:
@@ -189,14 +215,15 @@ class _Pairer:
             self.problems.extra["base"].append(name)
 
 
-def pair(
-    request: MergeRequest, post: Names, base: Names, new_base: Names, wrong: list[Complaint]
-) -> Pairing:
-    """Pair all tensors; everything that cannot be paired becomes a complaint that names the option which resolves it."""
+def pair(request: MergeRequest, post: Names, base: Names, new_base: Names, wrong: list[Complaint]) -> Pairing:
+    """Pair all tensors; what cannot be paired becomes a complaint that names the option which resolves it."""
     pairer = _Pairer(request, post, base, new_base)
     pairer.run()
-    wrong += _complaints(pairer.problems, request)
+    wrong += _complaints(pairer.problems, request, {"post": post, "base": base})
     wrong += _unmatched_globs(request, (post, base, new_base))
+    if request.rename_new_base:  # renames are for pairing: the output is called what new_base calls it
+        own, rows = new_base.checkpoint.tensors.names, new_base.rows
+        pairer.result.names = [own[rows[name]] if name in rows else name for name in pairer.result.names]
     return pairer.result
 
 
@@ -227,13 +254,13 @@ def _listing(lines: list[str]) -> str:
     return text + (f"\n      and {len(lines) - 20:,} more" if len(lines) > 20 else "")
 
 
-def _complaints(problems: _Problems, request: MergeRequest) -> list[Complaint]:
+def _complaints(problems: _Problems, request: MergeRequest, names: dict[str, Names]) -> list[Complaint]:
     found: list[Complaint] = []
     for role in ("post", "base"):
         missing, extra = problems.missing[role], problems.extra[role]
         if missing:
             remedy = "--copy-from new-base (or post) takes such tensors over; --exclude GLOB names them"
-            rename = proposed_rename(missing, extra, role) if extra else ""
+            rename = proposed_rename(missing, extra, role, names[role]) if extra else ""
             remedy = f"{rename} would pair them; otherwise {remedy}" if rename else remedy
             found.append(
                 Complaint(
@@ -271,7 +298,7 @@ def _complaints(problems: _Problems, request: MergeRequest) -> list[Complaint]:
         found.append(
             Complaint(
                 "dtypes",
-                f"{len(problems.kinds):,} tensors are numbers in one checkpoint and codes in another:"
+                f"{len(problems.kinds):,} tensors have types that cannot be subtracted from each other:"
                 f"{_listing(problems.kinds)}",
                 "--exclude GLOB copies them from new_base",
             )
@@ -290,7 +317,7 @@ def _complaints(problems: _Problems, request: MergeRequest) -> list[Complaint]:
                 "tied embeddings",
                 "new_base ties its output embedding to the input embedding, post has one of its own "
                 f"({shown(problems.untied[0])}): the result could not keep it",
-                f"--exclude '{shown(problems.untied[0])}' ignores post's, so that the merged input embedding serves as both",
+                f"--exclude '{shown(problems.untied[0])}' ignores post's: the merged input embedding serves as both",
             )
         )
     if problems.unscaled:
@@ -312,5 +339,7 @@ def _unmatched_globs(request: MergeRequest, all_names: tuple[Names, ...]) -> lis
     for option, glob in options:
         matches = matcher([glob])
         if not any(matches(name) for names in all_names for name in names.rows):
-            found.append(Complaint(option, f"{shown(repr(glob))} matches no tensor", "paramdelta inspect lists what there is"))
+            found.append(
+                Complaint(option, f"{shown(repr(glob))} matches no tensor", "paramdelta inspect lists what there is")
+            )
     return found

@@ -1,5 +1,5 @@
-"""What a user asks for: three folders, where the result goes, and the policies that decide what it holds. Spellings of the
-command line (globs, sizes, regular expressions) are read here, once, and complained about together."""
+"""What a user asks for: three folders, where the result goes, and the policies that decide what it holds. Spellings
+of the command line (globs, sizes, regular expressions) are read here, once, and complained about together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from paramdelta.errors import Complaint, PlanError, shown
 ROLES = ("post", "base", "new_base")
 COPY_FROM = ("error", "new-base", "post")
 VOCAB = ("error", "extend")
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?[bB]?\s*", re.ASCII)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
 class AlphaRule:
-    """The scale of the delta for tensors whose names match ``glob``; of several rules that match, the last one holds."""
+    """The scale of the delta for tensors whose names match ``glob``; of several rules that match, the last holds."""
 
     glob: str
     value: float
@@ -154,7 +155,7 @@ def parse_size(text: str, *, option: str) -> int:
     if not match:
         raise PlanError(Complaint(option, f"expected a size such as 5GB or 512MiB, got {shown(repr(text))}"))
     number, prefix, binary = match.groups()
-    value = int(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.upper()])
+    value = int(Fraction(number) * (1024 if binary else 1000) ** _POWERS[(prefix or "").upper()])
     if value < 1:
         raise PlanError(Complaint(option, f"expected at least one byte, got {shown(repr(text))}"))
     return value
@@ -201,16 +202,19 @@ def _renames(option: str, values: Any, wrong: list[Complaint]) -> tuple[Rename, 
     renames = []
     for value in [values] if isinstance(values, str) else values:
         if isinstance(value, str):
-            pattern, equals, replacement = value.partition("=")
+            pattern, equals, replacement = value.rpartition("=")  # a regex may hold "=", a name hardly
             if not equals:
                 wrong.append(Complaint(option, f"expected REGEX=REPLACEMENT, got {shown(repr(value))}"))
                 continue
-        else:
+        elif len(value) == 2:
             pattern, replacement = value
+        else:
+            wrong.append(Complaint(option, f"expected a pair (regex, replacement), got {shown(repr(value))}"))
+            continue
         try:
             compiled = re.compile(pattern)
             compiled.sub(replacement, "")
-        except re.error as error:
+        except (re.error, IndexError) as error:  # IndexError: a group name that the pattern lacks
             wrong.append(Complaint(option, f"{shown(repr(value))} is no regular expression: {error}"))
             continue
         renames.append(Rename(pattern, replacement))

@@ -1,5 +1,5 @@
-"""The files of the output that are not weights: tokenizer and templates from post, code and licences carried along, a model
-card, and a record of what was done. No times, hosts or absolute paths: equal merges are equal folders."""
+"""The files of the output that are not weights: tokenizer and templates from post, code and licences carried along, a
+model card, and a record of what was done. No times, hosts or absolute paths: equal merges are equal folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Checks where the output is to go, before anything is written: inputs are never touched, outputs never replaced unasked."""
+"""Checks where the output is to go, before anything is written: inputs are never touched, outputs never replaced
+unasked."""
 
 from __future__ import annotations
 
