@@ -58,7 +58,7 @@ def judge_order(post_base: float, post_new: float, base: float) -> str | None:
     """Return a warning from sampled squared norms ‖post − base‖², ‖post − new_base‖² and ‖base‖², or None."""
     if post_base == 0.0:
         return "post and base are equal in a sample of the weights: the result may be new_base itself"
-    if post_new < 0.25 * post_base:
+    if post_new < 0.6 * post_base:
         return (
             "post lies much nearer to new_base than to base "
             f"(‖post − new_base‖ is {100 * (post_new / post_base) ** 0.5:.0f} % of ‖post − base‖ in a sample): "

@@ -29,6 +29,7 @@ _TOKENIZER = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
     "tokenization_*.py",
