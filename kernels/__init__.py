@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``paramdelta.kernels``. Imported only by ``paramdelta.backends``, and only when asked for."""
+"""Triton kernels, installed as ``paramdelta.kernels``: imported only by ``paramdelta.backends``, when asked for."""

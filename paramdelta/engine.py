@@ -99,7 +99,7 @@ def run(
     outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]],
     *,
     tensors: int,
-    options: EngineOptions = EngineOptions(),
+    options: EngineOptions | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
     """Carry out ``work`` into existing files, or into writable byte arrays of the outputs' sizes.
@@ -166,11 +166,12 @@ def start(
     outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]],
     *,
     tensors: int,
-    options: EngineOptions = EngineOptions(),
+    options: EngineOptions | None = None,
 ) -> RunningWork:
     """Open the files, start the workers and return at once. The arguments are those of :func:`run`."""
     from paramdelta import _cpu
 
+    options = options or EngineOptions()
     threads, slot_bytes = options.resolve()
     _allow_open_files(len(work.inputs) + len(outputs))
     engine = _cpu.Engine(

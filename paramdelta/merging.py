@@ -96,7 +96,7 @@ def prepare(request: MergeRequest) -> Plan:
 def run_merge(
     plan: Plan,
     *,
-    options: engine.EngineOptions = engine.EngineOptions(),
+    options: engine.EngineOptions | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Carry out a plan and publish its folder. Raises what :func:`merge` raises while running."""

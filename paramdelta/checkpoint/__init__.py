@@ -27,6 +27,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     import math
 
     table = checkpoint.tensors
+    architectures = checkpoint.config.get("architectures")
     dtypes: dict[str, dict[str, int]] = {}
     for row, shape in enumerate(table.shapes):
         entry = dtypes.setdefault(table.dtype_of(row).safetensors, {"tensors": 0, "elements": 0, "bytes": 0})
@@ -37,7 +38,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "version": 1,
         "kind": "checkpoint",
         "name": checkpoint.label,
-        "architecture": ", ".join(map(str, checkpoint.config.get("architectures") or [])) or None,
+        "architecture": ", ".join(map(str, architectures if isinstance(architectures, list) else [])) or None,
         "model_type": checkpoint.config.get("model_type"),
         "parameters": sum(d["elements"] for d in dtypes.values()),
         "tensors": len(table),

@@ -83,16 +83,24 @@ def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint
     """
     folder = Path(path)
     _check_folder(folder, role)
-    entries = sorted(entry.name for entry in os.scandir(folder))
+    try:
+        entries = sorted(os.listdir(folder))
+    except OSError as error:
+        _fail(str(folder), f"{role} cannot be read: {error.strerror}")
     complaints: list[Complaint] = []
     config = _read_json(folder, "config.json", complaints) if "config.json" in entries else {}
     if INDEX in entries:
-        index = _read_json(folder, INDEX, complaints)
-        weight_map = _weight_map(folder, index, complaints)
+        index_complaints: list[Complaint] = []
+        index = _read_json(folder, INDEX, index_complaints)
+        weight_map = {} if index_complaints else _weight_map(folder, index, index_complaints)
         names = sorted(set(weight_map.values()))
+        complaints += index_complaints
     else:
-        index, weight_map = {}, None
-        names = _single_file(folder, entries, role)
+        index, weight_map, names = {}, None, []
+        try:
+            names = _single_file(folder, entries, role)
+        except CheckpointError as error:
+            complaints += error.complaints
     shards: list[tuple[ShardFile, Header]] = []
     for name in names:
         try:
@@ -104,7 +112,8 @@ def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint
     tensors, notes = _table(folder, shards, weight_map)
     unused = [n for n in entries if n.endswith(".safetensors") and n not in names]
     if unused:
-        notes.append(f"{role}: not named by the index, left out: {shown(', '.join(unused))}")
+        reason = f"{SINGLE} holds the checkpoint" if weight_map is None else "not named by the index"
+        notes.append(f"{role}: {reason}, left out: {shown(', '.join(unused))}")
     metadata = index.get("metadata")
     return Checkpoint(
         path=folder,
@@ -120,9 +129,13 @@ def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint
 
 
 def _check_folder(folder: Path, role: str) -> None:
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name too long, a parent that may not be entered
+        _fail(str(folder), f"{role} cannot be opened: {error.strerror}")
+    if is_folder:
         return
-    if folder.exists():
+    if exists:
         _fail(str(folder), f"{role} is a file; a checkpoint is a folder", f"name the folder: {folder.parent}")
     remedy = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
@@ -156,8 +169,7 @@ def _weight_map(folder: Path, index: dict[str, Any], complaints: list[Complaint]
     subject = str(folder / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        if not complaints:
-            complaints.append(Complaint(subject, "has no weight_map object"))
+        complaints.append(Complaint(subject, "has no weight_map object"))
         return {}
     strings = {file for file in weight_map.values() if isinstance(file, str)}
     plain = {file for file in strings if _is_plain_name(file)}
@@ -183,7 +195,7 @@ def _open_shard(folder: Path, name: str) -> tuple[ShardFile, Header]:
     try:
         status = path.stat()  # follows the links of a hub cache
     except FileNotFoundError:
-        _fail(str(path), "is named by the index, but missing", "download the checkpoint again, all of it")
+        _fail(str(path), "is named, but missing (or what it links to is)", "download the checkpoint again, all of it")
     except OSError as error:
         _fail(str(path), f"cannot be opened: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):
@@ -201,7 +213,7 @@ def _table(
     """Join the headers; where an index says which file a tensor is in, only that one counts."""
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
-    columns: list[tuple[Any, ...]] = []
+    columns: list[tuple[Any, ...]] = [tuple(np.empty(0, t) for t in (np.uint8, np.int32, np.int64, np.int64))]
     unlisted = 0
     for number, (shard, header) in enumerate(shards):
         if weight_map is None:
@@ -222,11 +234,7 @@ def _table(
         )
     if weight_map is not None and len(names) < len(weight_map):
         _refuse_absent(folder, weight_map, set(names))
-    dtype, file, offset, nbytes = (
-        (np.concatenate(parts) for parts in zip(*columns, strict=True))
-        if columns
-        else (np.empty(0, t) for t in (np.uint8, np.int32, np.int64, np.int64))
-    )
+    dtype, file, offset, nbytes = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     notes = [f"{folder.name}: {unlisted} tensors are in shards but not in the index, left out"] if unlisted else []
     return TensorTable(names=names, dtype=dtype, shapes=shapes, file=file, offset=offset, nbytes=nbytes), notes
 

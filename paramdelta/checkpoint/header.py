@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta.dtypes import BY_SAFETENSORS, DTYPES, DType
+from paramdelta.dtypes import BY_SAFETENSORS, DType
 from paramdelta.errors import CheckpointError, Complaint, shown
 
 MAX_HEADER_READ = 100_000_000  # the reference library's cap
@@ -33,8 +34,8 @@ _LIMIT = 2**64
 class Header:
     """The tensors of one file as columns, in the order of their data.
 
-    ``begin`` and ``nbytes`` are bytes from the start of the data, which lies at ``data_start`` in the file; ``digest`` is
-    the SHA-256 of the JSON as stored.
+    ``begin`` and ``nbytes`` are bytes from the start of the data, which lies at ``data_start`` in the file; ``digest``
+    is the SHA-256 of the JSON as stored.
     """
 
     names: list[str]
@@ -58,7 +59,7 @@ class _NotNatural:
     text: str
 
 
-class _Refused(Exception):
+class _Refused(Exception):  # noqa: N818  (it never leaves this file)
     """The header as a whole cannot be read; the text says why."""
 
 
@@ -66,27 +67,37 @@ def read_header(path: Path, *, subject: str | None = None) -> Header:
     """Read and check the header of a safetensors file. Raises CheckpointError with every complaint about it."""
     subject = subject or str(path)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A pipe without a writer would block an ordinary open for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                _fail(subject, "is not a regular file")
+            length = _json_length(_pread(fd, 8, 0), status.st_size, subject)
+            raw = _pread(fd, length, 8)
+        finally:
+            os.close(fd)
     except OSError as error:
-        _fail(subject, f"cannot be opened: {error.strerror}")
-    try:
-        size = os.fstat(fd).st_size
-        prefix = os.pread(fd, 8, 0)
-        if len(prefix) < 8:
-            _fail(subject, f"is {len(prefix)} bytes long: too short for a safetensors file, which starts with 8 bytes")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER_READ:
-            _fail(
-                subject,
-                f"names a header of {length:,} bytes; the most allowed is {MAX_HEADER_READ:,}: "
-                "it is no safetensors file, or damaged",
-            )
-        if 8 + length > size:
-            _fail(subject, f"ends before its header does: {size:,} bytes, header of {length:,}: the file is truncated")
-        raw = _read_all(fd, length, 8)
-    finally:
-        os.close(fd)
-    return parse_header(raw, file_size=size, subject=subject)
+        _fail(subject, f"cannot be read: {error.strerror}")
+    return parse_header(raw, file_size=status.st_size, subject=subject)
+
+
+def _json_length(prefix: bytes, file_size: int, subject: str) -> int:
+    """Return the length of the JSON from the first 8 bytes, once it is known to lie within the file."""
+    if len(prefix) < 8:
+        _fail(subject, f"is {len(prefix)} bytes long: too short for a safetensors file, which starts with 8 bytes")
+    if prefix == b"version ":
+        _fail(subject, "is a Git LFS pointer, not the file it stands for", "git lfs pull in the folder fetches it")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_READ:
+        _fail(
+            subject,
+            f"names a header of {length:,} bytes; the most allowed is {MAX_HEADER_READ:,}: "
+            "it is no safetensors file, or damaged",
+        )
+    if 8 + length > file_size:
+        _fail(subject, f"ends before its header does: {file_size:,} bytes, header of {length:,}: the file is truncated")
+    return int(length)
 
 
 def parse_header(raw: bytes, *, file_size: int, subject: str) -> Header:
@@ -137,15 +148,13 @@ def format_header(
         _fail(subject, "a tensor cannot be called __metadata__", "--exclude or --rename it")
     if len(set(names)) != len(names):
         _fail(subject, "two tensors would have the same name")
-    sizes = np.array(
-        [math.prod(shape) * d.bits // 8 for shape, d in zip(shapes, dtypes, strict=True)], np.int64
-    )
+    if not all(map(_is_unicode, (*names, *metadata, *metadata.values()))):
+        _fail(subject, "a name or a metadata value holds a lone surrogate, which no Unicode text has")
+    sizes = np.array([math.prod(shape) * d.bits // 8 for shape, d in zip(shapes, dtypes, strict=True)], np.int64)
     ends = np.cumsum(sizes, dtype=np.int64)
     begins = ends - sizes
     document: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
-    for name, dtype, shape, begin, end in zip(
-        names, dtypes, shapes, begins.tolist(), ends.tolist(), strict=True
-    ):
+    for name, dtype, shape, begin, end in zip(names, dtypes, shapes, begins.tolist(), ends.tolist(), strict=True):
         document[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
@@ -185,7 +194,7 @@ def _parse_json(raw: bytes) -> _Object:
             text,
             object_pairs_hook=_Object,
             parse_int=_natural,
-            parse_float=_NotNatural,
+            parse_float=_fraction,
             parse_constant=_no_constant,
         )
     except RecursionError:
@@ -206,15 +215,31 @@ def _natural(text: str) -> int | _NotNatural:
     return value if value < _LIMIT else _NotNatural(text)
 
 
+def _fraction(text: str) -> _NotNatural:
+    return _NotNatural(text[:40])
+
+
 def _no_constant(text: str) -> NoReturn:
     raise _Refused(f"is not JSON: it holds {text}")
 
 
 def _refuse_lone_surrogates(parsed: _Object) -> None:
+    """Look at every string there is, without recursion: the parser may have nested deeper than Python calls go."""
+    waiting: list[Any] = [parsed]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, str) and not _is_unicode(value):
+            raise _Refused("holds a lone surrogate, which no Unicode text has")
+
+
+def _is_unicode(text: str) -> bool:
     try:
-        json.dumps(parsed, ensure_ascii=False, default=str).encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
-        raise _Refused("holds a lone surrogate, which no Unicode text has") from None
+        return False
+    return True
 
 
 def _metadata_of(pairs: _Object, complaints: list[tuple[str | None, str]]) -> dict[str, str]:
@@ -305,7 +330,9 @@ def _check_layout(rows: _Rows, data_size: int, complaints: list[tuple[str | None
             complaints.append((rows.names[i], f"starts at byte {rows.begin[i]:,}, within data of another (to {at:,})"))
         at = max(at, rows.end[i])
     if at > data_size:
-        complaints.append((None, f"its tensors end at byte {at:,} of {data_size:,} bytes of data: the file is truncated"))
+        complaints.append(
+            (None, f"its tensors end at byte {at:,} of {data_size:,} bytes of data: the file is truncated")
+        )
     elif at < data_size:
         complaints.append((None, f"holds {data_size - at:,} bytes behind its last tensor"))
 
@@ -320,7 +347,7 @@ def _listed(subject: str, complaints: list[tuple[str | None, str]]) -> list[Comp
     return listed
 
 
-def _read_all(fd: int, length: int, offset: int) -> bytes:
+def _pread(fd: int, length: int, offset: int) -> bytes:
     chunks = []
     while length:
         chunk = os.pread(fd, length, offset)

@@ -1,4 +1,4 @@
-"""Recognises quantised checkpoints, by their configs and by their headers: raw codes must never be taken for weights."""
+"""Recognises quantised checkpoints by their configs and headers: raw codes must never be taken for weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from paramdelta.dtypes import BY_NAME
 from paramdelta.errors import Complaint, shown
 
 _LOW_BIT = {
-    BY_NAME[name].code
-    for name in ("f8_e4m3", "f8_e5m2", "f8_e4m3fnuz", "f8_e5m2fnuz", "f4", "u8", "i8", "i32", "u32")
+    BY_NAME[name].code for name in ("f8_e4m3", "f8_e5m2", "f8_e4m3fnuz", "f8_e5m2fnuz", "f4", "u8", "i8", "i32", "u32")
 }
 # Suffixes of tensors that hold codes, and what they give away.
 _CODES = {
@@ -20,6 +19,7 @@ _CODES = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
     ".absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
 }
@@ -46,7 +46,9 @@ def quantisation_complaint(checkpoint: Checkpoint) -> list[Complaint]:
         return []
     method = next((m for m in _HOPELESS if m in found.lower()), None)
     if method is not None:
-        problem = f"{checkpoint.role} is quantised: {found}. Differences of such codes mean nothing: {_HOPELESS[method]}"
+        problem = (
+            f"{checkpoint.role} is quantised: {found}. Differences of such codes mean nothing: {_HOPELESS[method]}"
+        )
         remedy = "use the checkpoint it was made from"
     else:
         problem = f"{checkpoint.role} is quantised: {found}. This version merges only unquantised checkpoints"

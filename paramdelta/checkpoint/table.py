@@ -31,8 +31,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTable:
-    """Tensors by row. ``dtype`` holds DType codes, ``file`` numbers into the checkpoint's files, ``offset`` absolute byte
-    offsets in that file."""
+    """Tensors by row. ``dtype`` holds DType codes, ``file`` numbers into the checkpoint's files, ``offset`` absolute
+    byte offsets in that file."""
 
     names: list[str]
     dtype: NDArray[np.uint8]
@@ -58,7 +58,7 @@ class TensorTable:
 
     def dtype_of(self, row: int) -> DType:
         """Return the dtype of a row."""
-        return DTYPES[self.dtype[row]]
+        return DTYPES[int(self.dtype[row])]
 
     def spec(self, name: str) -> TensorSpec:
         """Return one tensor as an object."""
