@@ -21,6 +21,8 @@ SINGLE = "model.safetensors"
 _MAX_JSON = 256 << 20
 _MOST_SHOWN = 20
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|pth|pt|ckpt|gguf|h5|msgpack|onnx)$|consolidated\..*")
+_PART = re.compile(r".*-\d+-of-(\d+)\.safetensors")
+_CONVERT = "convert: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW_DIR)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,10 @@ def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint
     except OSError as error:
         _fail(str(folder), f"{role} cannot be read: {error.strerror}")
     complaints: list[Complaint] = []
-    config = _read_json(folder, "config.json", complaints) if "config.json" in entries else {}
+    config = read_json(folder, "config.json", complaints) if "config.json" in entries else {}
     if INDEX in entries:
         index_complaints: list[Complaint] = []
-        index = _read_json(folder, INDEX, index_complaints)
+        index = read_json(folder, INDEX, index_complaints)
         weight_map = {} if index_complaints else _weight_map(folder, index, index_complaints)
         names = sorted(set(weight_map.values()))
         complaints += index_complaints
@@ -147,7 +149,21 @@ def _single_file(folder: Path, entries: list[str], role: str) -> list[str]:
     found = [name for name in entries if name.endswith(".safetensors") and not name.startswith(".")]
     if SINGLE in found:
         return [SINGLE]
+    if "adapter_config.json" in entries and any(name.startswith("adapter_model") for name in found):
+        _fail(
+            str(folder),
+            f"{role} is an adapter (LoRA), not a whole checkpoint",
+            "merge it into its own base first: PeftModel.from_pretrained(...).merge_and_unload()",
+        )
+    found = [name for name in found if not name.startswith("consolidated")]  # other names for the same weights
     if len(found) == 1:
+        part = _PART.fullmatch(found[0])
+        if part and int(part[1]) != 1:
+            _fail(
+                str(folder),
+                f"{role} has one of {int(part[1])} files, {shown(found[0])}, and no {INDEX}",
+                "download the checkpoint again, all of it",
+            )
         return found
     if found:
         _fail(
@@ -156,13 +172,19 @@ def _single_file(folder: Path, entries: list[str], role: str) -> list[str]:
             "download the index too, or leave only one file in the folder",
         )
     other = [name for name in entries if _OTHER_WEIGHTS.fullmatch(name)]
+    if any(name.endswith(".safetensors") for name in other):
+        _fail(
+            str(folder),
+            f"{role} holds only {shown(other[0])}: Mistral's own layout, whose tensors have other names",
+            "use the release in the layout of transformers, with model.safetensors or an index",
+        )
     if other:
         _fail(
             str(folder),
             f"{role} holds weights as {shown(other[0])}; only safetensors are read",
-            "convert: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW_DIR)",
+            _CONVERT,
         )
-    _fail(str(folder), f"{role} holds no safetensors file")
+    raise CheckpointError(Complaint(str(folder), f"{role} holds no safetensors file"))
 
 
 def _weight_map(folder: Path, index: dict[str, Any], complaints: list[Complaint]) -> dict[str, str]:
@@ -171,6 +193,8 @@ def _weight_map(folder: Path, index: dict[str, Any], complaints: list[Complaint]
     if not isinstance(weight_map, dict):
         complaints.append(Complaint(subject, "has no weight_map object"))
         return {}
+    if not weight_map:
+        complaints.append(Complaint(subject, "has a weight_map that names no tensor"))
     strings = {file for file in weight_map.values() if isinstance(file, str)}
     plain = {file for file in strings if _is_plain_name(file)}
     bad = [(name, file) for name, file in weight_map.items() if not isinstance(file, str) or file not in plain]
@@ -183,7 +207,10 @@ def _weight_map(folder: Path, index: dict[str, Any], complaints: list[Complaint]
         )
     if len(bad) > _MOST_SHOWN:
         complaints.append(Complaint(subject, f"and {len(bad) - _MOST_SHOWN:,} more entries like these"))
-    return weight_map if not bad else {}
+    other = sorted(file for file in plain if _OTHER_WEIGHTS.fullmatch(file) and not file.endswith(".safetensors"))
+    if other:
+        complaints.append(Complaint(subject, f"names {shown(other[0])}; only safetensors are read", _CONVERT))
+    return weight_map if not bad and not other else {}
 
 
 def _is_plain_name(value: str) -> bool:
@@ -256,7 +283,7 @@ def _is_side_file(folder: Path, name: str) -> bool:
     return not _OTHER_WEIGHTS.fullmatch(name) and (folder / name).is_file()
 
 
-def _read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str, Any]:
+def read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str, Any]:
     """Read a JSON object; what is wrong with it becomes a complaint and an empty object."""
     path = folder / name
     try:

@@ -24,6 +24,7 @@ from paramdelta.dtypes import BY_SAFETENSORS, DType
 from paramdelta.errors import CheckpointError, Complaint, shown
 
 MAX_HEADER_READ = 100_000_000  # the reference library's cap
+MAX_VALUES = 4_000_000  # half a million tensors; bounds the memory that 100 MB of hostile JSON can take
 MAX_HEADER_WRITTEN = 25_000_000  # the Hub's cap
 DATA_ALIGNMENT = 4096  # direct I/O wants the data to start at a page
 _MOST_SHOWN = 20
@@ -187,6 +188,9 @@ def _parse_json(raw: bytes) -> _Object:
         raise _Refused("is empty")
     if text.startswith("\ufeff"):
         raise _Refused("starts with a byte order mark")
+    values = sum(map(raw.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise _Refused(f"holds about {values:,} values; the most allowed is {MAX_VALUES:,}")
     if text.endswith("\0"):
         raise _Refused("is padded with NUL bytes; only spaces are allowed")
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from paramdelta.checkpoint.folder import Checkpoint
+import numpy as np
+
+from paramdelta.checkpoint.folder import Checkpoint, read_json
 from paramdelta.dtypes import BY_NAME
 from paramdelta.errors import Complaint, shown
 
@@ -23,8 +25,19 @@ _CODES = {
     ".quant_state.bitsandbytes__nf4": "bitsandbytes",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
 }
+_STATISTICS = (".absmax", ".SCB", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 # Suffixes of scales: they replace ".weight" in the name of the tensor they scale.
-SCALES = (".weight_scale_inv", ".weight_scale", ".weight_scale_2", ".weight_global_scale", ".scale", ".qscale_weight")
+SCALES = (
+    ".weight_scale_inv",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_global_scale",
+    ".scale",
+    ".qscale_weight",
+    ".scale_weight",
+)
+# Stacked experts have no ".weight": these are added to the name of the tensor they scale.
+_STACKED_SCALES = ("_scale_inv", "_scale")
 _HOPELESS = {
     "gptq": "its codes fit one set of scales and zero points",
     "awq": "it folds a smoothing scale into other layers",
@@ -57,13 +70,24 @@ def quantisation_complaint(checkpoint: Checkpoint) -> list[Complaint]:
 
 
 def _from_config(checkpoint: Checkpoint) -> Iterator[str]:
-    for config in (checkpoint.config, checkpoint.text_config):
+    for config in _nested(checkpoint.config):
         for key in ("quantization_config", "compression_config"):
             value = config.get(key)
             if isinstance(value, dict) and value:
                 yield f"{_described(value)} ({key} in config.json)"
     if "hf_quant_config.json" in checkpoint.side_files:
-        yield "modelopt (it has an hf_quant_config.json)"
+        inner = read_json(checkpoint.path, "hf_quant_config.json", []).get("quantization")
+        # An algorithm of null leaves the weights alone: only the key-value cache is quantised.
+        if not isinstance(inner, dict) or inner.get("quant_algo", "") is not None:
+            yield "modelopt (it has an hf_quant_config.json)"
+
+
+def _nested(config: dict[str, Any], depth: int = 3) -> Iterator[dict[str, Any]]:
+    """Yield a config and those it nests: text_config, llm_config, thinker_config.text_config, …"""
+    yield config
+    for key, value in config.items():
+        if depth and key.endswith("_config") and isinstance(value, dict):
+            yield from _nested(value, depth - 1)
 
 
 def _described(config: dict[str, Any]) -> str:
@@ -83,14 +107,28 @@ def _described(config: dict[str, Any]) -> str:
 
 def _from_headers(checkpoint: Checkpoint) -> Iterator[str]:
     table = checkpoint.tensors
-    suspects = [name for name in table.names if name.endswith((*_CODES, *SCALES))]
+    low_bit = np.isin(table.dtype, list(_LOW_BIT))
+    suspects = [name for name in table.names if name.endswith((*_CODES, *SCALES, *_STACKED_SCALES))]
     for name in suspects:
         for suffix, what in _CODES.items():
-            if name.endswith(suffix) and (suffix != "_blocks" or f"{name[:-7]}_scales" in table):
+            if not name.endswith(suffix) or (suffix == "_blocks" and f"{name[:-7]}_scales" not in table):
+                continue
+            # The statistics of bitsandbytes are floats; codes are not, and a float of that name is a parameter.
+            coded = name if suffix not in _STATISTICS else _coded_by(name, suffix)
+            if coded in table and low_bit[table.row(coded)]:
                 yield f"{what} (tensor {shown(name)})"
     for name in suspects:
-        for suffix in SCALES:
-            weight = f"{name.removesuffix(suffix)}.weight"
-            if name.endswith(suffix) and weight in table and table.dtype[table.row(weight)] in _LOW_BIT:
+        for suffix in (*SCALES, *_STACKED_SCALES):
+            if not name.endswith(suffix):
+                continue
+            stem = name.removesuffix(suffix)
+            weight = f"{stem}.weight" if suffix in SCALES else stem
+            if weight in table and low_bit[table.row(weight)]:
                 dtype = table.dtype_of(table.row(weight)).safetensors
                 yield f"{dtype} codes with scales (tensors {shown(weight)} and {shown(name)})"
+
+
+def _coded_by(name: str, suffix: str) -> str:
+    """Return the name of the codes that a tensor of bitsandbytes' statistics belongs to."""
+    stem = name.removesuffix(suffix)
+    return f"{stem}.weight" if suffix == ".SCB" else stem
