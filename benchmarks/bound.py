@@ -28,6 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
 # waits for an earlier store whose lowest 12 address bits match (4K aliasing). A multiple of the cache line.
 STAGGER = 1088
 PAGE = 4096
+KEEP = 3  # loops that are measured beside a kernel, of those that bound.cpp has
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -117,13 +118,14 @@ def run(variant: int, buffers: Buffers, threads: int) -> float:
 
 @dataclass
 class Bound:
-    """The best few loops for these buffers and this number of threads; each ``sample`` is the best of one pass each."""
+    """The best few loops for these buffers and this number of threads, taken in turn, one pass at a time."""
 
     buffers: Buffers
     threads: int
     names: tuple[str, ...] = ()
+    passes: int = 0
 
-    def choose(self, *, keep: int = 3, rounds: int = 3) -> None:
+    def choose(self, *, keep: int = KEEP, rounds: int = 3) -> None:
         """Keep the ``keep`` loops whose best of ``rounds`` passes is highest."""
         numbers = variants()
         best = dict.fromkeys(numbers, 0.0)
@@ -132,9 +134,10 @@ class Bound:
                 best[name] = max(best[name], run(number, self.buffers, self.threads))
         self.names = tuple(sorted(best, key=best.__getitem__, reverse=True)[:keep])
 
-    def sample(self) -> float:
-        """Return bytes per second of the best of the chosen loops in one pass each."""
+    def next_pass(self) -> float:
+        """Make a pass of the next of the chosen loops and return its bytes per second."""
         if not self.names:
             self.choose()
-        numbers = variants()
-        return max(run(numbers[name], self.buffers, self.threads) for name in self.names)
+        name = self.names[self.passes % len(self.names)]
+        self.passes += 1
+        return run(variants()[name], self.buffers, self.threads)

@@ -59,13 +59,17 @@ def write_many(folder: Path, *, tensors: int = 100_000, elements: int = 64, shar
     return Folders(**roles)
 
 
+class NoRoomError(Exception):
+    """A place has less room than a case needs."""
+
+
 @contextmanager
 def workspace(where: Path, *, need: int) -> Iterator[Path]:
-    """Give a folder of its own under ``where`` and remove it afterwards; OSError if ``need`` bytes do not fit."""
+    """Give a folder of its own under ``where`` and remove it afterwards; NoRoomError if ``need`` bytes do not fit."""
     where.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(where).free
     if free < need:
-        raise OSError(f"{where} has {free / 1e9:.1f} GB free, the case needs {need / 1e9:.1f} GB")
+        raise NoRoomError(f"{free / 1e9:.1f} GB are free, {need / 1e9:.1f} GB are needed")
     folder = Path(tempfile.mkdtemp(prefix="paramdelta-bench-", dir=where))
     try:
         yield folder

@@ -1,7 +1,8 @@
 """Bandwidth of the CPU kernels per dtype, lane, instruction set and number of threads, as a share of the roofline.
 
-Every pass of a kernel is preceded by a pass of the roofline loops over the same memory, so that both see the same
-machine: the share is taken within the run. Buffers lie beyond the last-level cache unless a size is given.
+Passes of the kernel alternate with passes of the best few roofline loops over the same memory, so that both see the
+same machine. A sample is the best of as many passes as there are such loops, for the roofline (one of each) and for
+the kernel alike, so that neither has more chances. Buffers lie beyond the last-level cache unless a size is given.
 """
 
 from __future__ import annotations
@@ -126,21 +127,28 @@ def _fill(stream: bound.Bytes, dtype: DType, *, moved: bool, seed: int) -> None:
 
 
 def measure(bench: Bench, isa: str, threads: int, rounds: int) -> Record:
-    """Alternate roofline and kernel, ``rounds`` times after one of each to warm up, and return the record."""
+    """Take ``rounds`` samples of roofline and kernel in alternating passes, and return the record."""
     roofline = bound.Bound(bench.buffers, threads)
     roofline.choose()
     bench.merge(isa, threads)
-    pairs = [(roofline.sample(), bench.merge(isa, threads)) for _ in range(rounds)]
-    return make_record(
-        bench, isa, threads, [kernel for _, kernel in pairs], [limit for limit, _ in pairs], roofline.names
-    )
+    limits, rates = [], []
+    for _ in range(rounds * len(roofline.names)):
+        limits.append(roofline.next_pass())
+        rates.append(bench.merge(isa, threads))
+    return make_record(bench, isa, threads, rates, limits, roofline.names)
+
+
+def best_of_each(passes: list[float], count: int) -> tuple[float, ...]:
+    """Return the largest of each run of ``count`` passes."""
+    return tuple(max(passes[i : i + count]) for i in range(0, len(passes), count))
 
 
 def make_record(
-    bench: Bench, isa: str, threads: int, kernel: list[float], limit: list[float], loops: tuple[str, ...]
+    bench: Bench, isa: str, threads: int, rates: list[float], limits: list[float], loops: tuple[str, ...]
 ) -> Record:
-    """Return the record of one measurement from samples in bytes per second."""
-    bandwidth, roof = Metric("B/s", tuple(kernel)), Metric("B/s", tuple(limit))
+    """Return the record of one measurement from passes of the kernel and of the roofline in bytes per second."""
+    bandwidth = Metric("B/s", best_of_each(rates, len(loops)))
+    bound_rate = Metric("B/s", best_of_each(limits, len(loops)))
     case = bench.case
     return Record(
         group="kernels",
@@ -155,8 +163,8 @@ def make_record(
             "elements": bench.elements,
             "bound_loops": list(loops),
         },
-        metrics={"bandwidth": bandwidth, "bound": roof},
-        ratios=bound_ratios(bandwidth, roof),
+        metrics={"bandwidth": bandwidth, "bound": bound_rate},
+        ratios=bound_ratios(bandwidth, bound_rate),
     )
 
 

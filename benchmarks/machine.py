@@ -14,10 +14,11 @@ from benchmarks import bound
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("paramdelta", "numpy", "ml_dtypes", "safetensors", "torch", "transformers", "pytest-benchmark")
+# The names of x86-64, then those of aarch64.
 ISA_FLAGS = (
-    ("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
-    + ("avx512_vbmi", "avx512_fp16", "amx_bf16")
-    + ("asimd", "asimdhp", "bf16", "sve", "sve2")  # the names of aarch64
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
+    *("avx512_vbmi", "avx512_fp16", "amx_bf16"),
+    *("asimd", "asimdhp", "bf16", "sve", "sve2"),
 )
 
 
@@ -114,4 +115,5 @@ def describe_commit() -> dict[str, Any]:
 
 def file_system_of(path: Path) -> str:
     """Return the type of the file system that holds ``path`` (``tmpfs``, ``ext4``)."""
-    return _output("stat", "--file-system", "--format=%T", str(path)) or "unknown"
+    told = _output("df", "--output=fstype", str(path)) or "Type\nunknown"
+    return told.splitlines()[-1]

@@ -1,6 +1,6 @@
-"""Runs a command to its end and says what it took: wall, user and system time, peak resident memory, bytes read and written.
+"""Runs a command to its end and says what it took: time, peak resident memory, bytes read and written.
 
-The command is started by this file run as a script of its own, whose few megabytes are the floor of what it can see
+The command is started by this file run as a script of its own, whose 15 megabytes are the floor of what it can see
 as peak memory: a child inherits the peak of the process that forked it, and the benchmark's own is large.
 """
 
@@ -29,17 +29,17 @@ class Usage:
     written: int | None
 
 
-class CommandFailed(Exception):
+class CommandError(Exception):
     """A measured command ended with another exit code than 0; carries the end of what it said."""
 
 
 def measure(command: list[str], *, env: dict[str, str] | None = None, cwd: Path | None = None) -> Usage:
-    """Run ``command`` once, with ``env`` added to this process's environment; raise CommandFailed if it fails."""
+    """Run ``command`` once, with ``env`` added to this process's environment; raise CommandError if it fails."""
     spec = json.dumps({"command": command, "env": env or {}, "cwd": str(cwd) if cwd else None})
     done = subprocess.run([sys.executable, "-I", __file__], input=spec, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
     if answer["code"] != 0:
-        raise CommandFailed(f"exit code {answer['code']}: {answer['said'].strip()[-2000:]}")
+        raise CommandError(f"exit code {answer['code']}: {answer['said'].strip()[-2000:]}")
     return Usage(**answer["usage"])
 
 

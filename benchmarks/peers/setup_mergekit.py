@@ -1,7 +1,7 @@
-"""Makes a virtual environment of its own for mergekit, whose pins are tight: ``python -m benchmarks.peers.setup_mergekit DIR``.
+"""Makes a virtual environment of its own for mergekit, whose pins are tight.
 
-torch comes first, from the index of CPU builds where that can be reached; mergekit then keeps it. At the end it prints
-the line that makes the benchmarks use the environment.
+``python -m benchmarks.peers.setup_mergekit DIR``: torch comes first, from an index of CPU builds if it serves the
+version, and mergekit keeps it. At the end this prints the line that makes the benchmarks use the environment.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--torch-index", default=CPU_INDEX, help="index to try first for torch (default: %(default)s)")
-    folder = parser.parse_args(arguments).folder.resolve()
     options = parser.parse_args(arguments)
+    folder = options.folder.resolve()
     venv.create(folder, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     first = subprocess.run([*pip, "--index-url", options.torch_index, TORCH], check=False)
