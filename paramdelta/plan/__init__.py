@@ -20,7 +20,7 @@ from paramdelta.plan.naming import renamed
 from paramdelta.plan.pairing import Kind, Pairing, pair
 from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.sidefiles import CARD, RECORD, SideFile, carried_files, model_card, record
-from paramdelta.plan.target import check_target
+from paramdelta.plan.target import check_links, check_target
 from paramdelta.plan.work import Work
 
 __all__ = ["Kind", "MergeRequest", "Plan", "SideFile", "Work", "make_plan", "make_request", "open_all"]
@@ -170,7 +170,7 @@ def _quantised(checkpoints: Sequence[Checkpoint]) -> list[Complaint]:
 
 def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> Plan:
     """Plan a merge from three open checkpoints. Raises PlanError with every complaint there is."""
-    wrong = check_target(request)
+    wrong = check_target(request) + check_links(request, (post, base, new_base))
     quantised = _quantised((post, base, new_base))
     if quantised:  # their names would not pair, for a reason already given
         raise PlanError([*wrong, *quantised])

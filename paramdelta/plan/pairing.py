@@ -67,6 +67,7 @@ class _Problems:
     vocab: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     no_donor: list[str] = field(default_factory=list)
+    taken: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     unscaled: list[str] = field(default_factory=list)
 
@@ -188,7 +189,8 @@ class _Pairer:
             self.result.add(name, Kind.FROM_POST, self.post.checkpoint.tensors.shapes[post], NONE, post, NONE)
 
     def leftovers(self) -> None:
-        """Account for names that new_base lacks."""
+        """Account for names that new_base lacks. The output keeps new_base's own names, from before any rename."""
+        stored = self.new_base.checkpoint.tensors
         for names in (self.post, self.base):
             for name, row in names.rows.items():
                 if name in self.new_base.rows or self.left_alone(name):
@@ -197,6 +199,8 @@ class _Pairer:
                     self.tied_head(names, name)
                 elif self.request.copy_from == "error":
                     self.problems.extra[names.role].append(name)
+                elif names.role == "post" and self.request.copy_from == "post" and name in stored:
+                    self.problems.taken.append(name)
                 elif names.role == "post" and self.request.copy_from == "post":
                     shape = names.checkpoint.tensors.shapes[row]
                     self.converted(names, name, row)
@@ -301,6 +305,15 @@ def _complaints(problems: _Problems, request: MergeRequest, names: dict[str, Nam
                 f"{len(problems.kinds):,} tensors have types that cannot be subtracted from each other:"
                 f"{_listing(problems.kinds)}",
                 "--exclude GLOB copies them from new_base",
+            )
+        )
+    if problems.taken:
+        found.append(
+            Complaint(
+                str(request.post),
+                f"--copy-from post: {len(problems.taken):,} tensors of post would take the name of another tensor "
+                f"of new_base:{grouped(problems.taken)}",
+                "--rename-post gives them other names; --exclude GLOB leaves them out",
             )
         )
     if problems.no_donor:

@@ -70,7 +70,7 @@ class MergeRequest:
         new_base: str | Path,
         out: str | Path | None = None,
         alpha: float | str | Mapping[str, float] = 1.0,
-        alphas: Sequence[str] = (),
+        alphas: str | Sequence[str] = (),
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
         copy_from: str = "error",
@@ -91,7 +91,7 @@ class MergeRequest:
         numbers of bytes or strings such as ``5GB`` (10⁹) and ``5GiB`` (2³⁰). Raises PlanError with all complaints.
         """
         wrong: list[Complaint] = []
-        rules = _alpha_rules(alpha, wrong) + [r for a in alphas for r in _alpha_rules(a, wrong)]
+        rules = _alpha_rules(alpha, wrong) + [r for a in _strings(alphas) for r in _alpha_rules(a, wrong)]
         request = cls(
             post=Path(post),
             base=Path(base),
@@ -206,7 +206,7 @@ def _renames(option: str, values: Any, wrong: list[Complaint]) -> tuple[Rename, 
             if not equals:
                 wrong.append(Complaint(option, f"expected REGEX=REPLACEMENT, got {shown(repr(value))}"))
                 continue
-        elif len(value) == 2:
+        elif isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, str) for v in value):
             pattern, replacement = value
         else:
             wrong.append(Complaint(option, f"expected a pair (regex, replacement), got {shown(repr(value))}"))

@@ -74,12 +74,18 @@ def carried_files(post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> t
     carry(new_base, _LEGAL)
     for name in post.side_files:
         if _matches(name, _LEGAL) and not _same_text(post, new_base, name):
-            kept = name if name not in files else f"{name}.post"
+            kept, number = name, 1
+            while kept in files:  # new_base may be a merge itself and hold a NAME.post already
+                kept, number = f"{name}.post{number if number > 1 else ''}", number + 1
             files[kept] = SideFile(name=kept, source=post.path / name, data=None, origin="post")
     made_here = {CARD, RECORD, "config.json"}
-    everything = {n for c in (post, new_base) for n in c.side_files}
+    everything = {n for c in (post, new_base) for n in (*c.side_files, *_subfolders(c))}
     left_out = sorted(everything - set(files) - made_here)
     return [files[name] for name in sorted(files)], left_out
+
+
+def _subfolders(checkpoint: Checkpoint) -> list[str]:
+    return [f"{p.name}/" for p in checkpoint.path.iterdir() if p.is_dir() and not p.name.startswith(".")]
 
 
 def record(request: MergeRequest, checkpoints: Sequence[Checkpoint], policies: dict[str, Any]) -> bytes:
@@ -99,7 +105,7 @@ def record(request: MergeRequest, checkpoints: Sequence[Checkpoint], policies: d
         },
         "policies": policies,
     }
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def model_card(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> bytes:
@@ -127,7 +133,7 @@ def model_card(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_ba
         "models apply.",
         "",
     ]
-    return "\n".join(lines).encode()
+    return "\n".join(lines).encode("utf-8", "backslashreplace")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

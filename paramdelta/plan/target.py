@@ -4,8 +4,10 @@ unasked."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+from paramdelta.checkpoint import Checkpoint
 from paramdelta.errors import Complaint
 from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.sidefiles import RECORD
@@ -15,7 +17,13 @@ def check_target(request: MergeRequest) -> list[Complaint]:
     """Return what is wrong with the output folder."""
     if request.out is None:
         return []
-    out = request.out
+    try:
+        return _check(request, request.out)
+    except OSError as error:  # a name too long, links in a circle, a folder that may not be entered
+        return [Complaint(str(request.out), f"cannot be written to: {error.strerror}", "name another --out")]
+
+
+def _check(request: MergeRequest, out: Path) -> list[Complaint]:
     wrong = [c for role in ROLES if (c := _overlap(out, request.folder(role), role)) is not None]
     parent = out.absolute().parent
     if not parent.is_dir():
@@ -37,8 +45,26 @@ def check_target(request: MergeRequest) -> list[Complaint]:
     return wrong
 
 
+def check_links(request: MergeRequest, checkpoints: Iterable[Checkpoint]) -> list[Complaint]:
+    """Return the files of the inputs that are links into the output folder: replacing it would take them away."""
+    if request.out is None:
+        return []
+    target = Path(os.path.realpath(request.out))
+    return [
+        Complaint(
+            str(checkpoint.path / name),
+            f"really lies in the output folder {request.out}, which would be replaced",
+            "name another --out",
+        )
+        for checkpoint in checkpoints
+        for name in (*(f.name for f in checkpoint.files), *checkpoint.side_files)
+        if target in Path(os.path.realpath(checkpoint.path / name)).parents
+        and target not in Path(os.path.realpath(checkpoint.path)).parents
+    ]
+
+
 def _overlap(out: Path, folder: Path, role: str) -> Complaint | None:
-    target, source = out.resolve(), folder.resolve()
+    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(folder))
     if target == source:
         return Complaint(str(out), f"is {role} itself: inputs are never written to", "name another --out")
     if source in target.parents:

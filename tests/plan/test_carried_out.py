@@ -201,3 +201,32 @@ def test_too_little_space_is_an_error_before_writing(tmp_path: Path) -> None:
     with pytest.raises(paramdelta.StorageError, match=r"needs 8,796,\d\d\d,\d\d\d,\d\d\d bytes, but only"):
         paramdelta.merge(post=folder, base=folder, new_base=folder, out=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["huge"]
+
+
+def test_an_input_that_is_linked_into_the_output_is_never_replaced(tmp_path: Path) -> None:
+    folders: dict[str, Any] = three(tmp_path, *plain())
+    out = tmp_path / "out"
+    paramdelta.merge(**folders, out=out)
+    (folders["post"] / "model.safetensors").unlink()
+    (folders["post"] / "model.safetensors").symlink_to(out / "model.safetensors")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(PlanError, match=r"post/model\.safetensors: really lies in the output folder"):
+        paramdelta.merge(**folders, out=out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_copy_never_takes_the_name_of_another_tensor(tmp_path: Path) -> None:
+    post, base, new = plain()
+    new["old.weight"] = values((2, 2), 5)
+    post["old.weight"], post["fresh.weight"] = values((2, 2), 6), values((2, 2), 7)
+    base["fresh.weight"] = values((2, 2), 8)
+    folders: dict[str, Any] = three(tmp_path, post, base, new)
+    with pytest.raises(PlanError, match="would take the name of another tensor") as caught:
+        plan(folders, rename_new_base=[("^old", "fresh")], copy_from="post")
+    assert "old.weight" in str(caught.value)
+
+
+def test_folders_that_are_left_out_are_listed(tmp_path: Path) -> None:
+    folders: dict[str, Any] = three(tmp_path, *plain())
+    (folders["post"] / "additional_chat_templates").mkdir()
+    assert "additional_chat_templates/" in plan(folders).policies["files_left_out"]
