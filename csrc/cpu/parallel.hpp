@@ -13,17 +13,13 @@ namespace paramdelta::cpu {
 
 // Cuts fall on multiples of this many elements: the leaves of the norms, and whole cache lines of every type.
 inline constexpr std::size_t kCut = 4096;
-// The least that is worth another piece: starting a thread takes as long as some 50,000 elements.
-inline constexpr std::size_t kLeastPiece = 32 * kCut;
-// Pieces are dealt out one after the other, several to a thread, so that a thread on a busy core takes fewer.
-inline constexpr std::size_t kPiecesPerThread = 8;
+// What threads take, one piece after the other: small, so that all of them work in one neighbourhood of memory at any
+// time (far apart, two threads' eight streams kept closing each other's DRAM rows: half the bandwidth), and so that a
+// thread on a busy core takes fewer; large enough that taking one costs nothing. Starting a thread takes as long as
+// some 50,000 elements, so less than a piece is not worth one.
+inline constexpr std::size_t kPiece = 32 * kCut;
 
-inline std::size_t piece_size(std::size_t count, int threads) {
-  if (threads <= 1) return count;
-  const std::size_t pieces = static_cast<std::size_t>(threads) * kPiecesPerThread;
-  const std::size_t size = (count / pieces + kCut) / kCut * kCut;
-  return size < kLeastPiece ? kLeastPiece : size;
-}
+inline std::size_t piece_size(std::size_t count, int threads) { return threads <= 1 ? count : kPiece; }
 
 inline std::size_t pieces_for(std::size_t count, int threads) {
   const std::size_t size = piece_size(count, threads);
