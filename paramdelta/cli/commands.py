@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from paramdelta import __version__
 from paramdelta.cli import options
 
 _EXAMPLES = """
@@ -37,7 +38,7 @@ class _Lazy(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=_EXAMPLES,
 )
-@click.version_option(package_name="paramdelta", prog_name="paramdelta")
+@click.version_option(version=__version__, prog_name="paramdelta")
 def cli() -> None:
     """Carry post-training over to another base: new_base + alpha * (post - base), over whole checkpoints.
 
