@@ -4,6 +4,7 @@ heavy is imported until a command runs, so ``--help`` answers at once."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -24,8 +25,10 @@ def main() -> NoReturn:
     try:
         code = cli.main(prog_name="paramdelta", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        print("interrupted: nothing was published, the temporary folder is removed", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        print("interrupted: nothing was published, the temporary folder is removed", file=sys.stderr, flush=True)
+        # Not sys.exit: an interrupt that fell into an exec() during an import makes the interpreter end by SIGINT,
+        # handled or not. Workers are joined and files are gone by now.
+        os._exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
