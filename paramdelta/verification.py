@@ -4,6 +4,7 @@ tensor) are shared with the merge, and those come from the request that the fold
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,9 +14,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives NumPy the name bfloat16, which safetensors asks it for)
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import deserialize, safe_open
 
-from paramdelta import reference
+from paramdelta import JSON_VERSION, reference
 from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
 from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, InputError, shown
@@ -23,7 +24,6 @@ from paramdelta.merging import prepare
 from paramdelta.plan import Kind, MergeRequest, Plan, make_request
 from paramdelta.plan.pairing import NONE
 from paramdelta.plan.sidefiles import RECORD
-from paramdelta.report import JSON_VERSION
 
 SAMPLE_ROWS = 8  # of each tensor, spread over it; the first and the last are always among them
 _CHUNK_ELEMENTS = 1 << 20
@@ -153,6 +153,7 @@ class _Readers:
     def __exit__(self, *_: object) -> None:
         for file in self._open.values():
             file.__exit__(None, None, None)
+        _deserialized.cache_clear()
 
     def codes(self, checkpoint: Checkpoint, row: int, first: int, last: int) -> NDArray[Any]:
         """Return rows ``first`` … ``last`` − 1 of a tensor as stored codes, flat."""
@@ -169,11 +170,15 @@ class _Readers:
         return flat.view(np.dtype(f"u{dtype.itemsize}"))
 
 
+@functools.lru_cache(maxsize=4)
+def _deserialized(path: Path) -> dict[str, Any]:
+    """Return a whole file's tensors as the library's other entry gives them. One file of each checkpoint is kept."""
+    return dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+
+
 def _raw_codes(path: Path, name: str, dtype: DType, shape: tuple[int, ...], first: int, last: int) -> NDArray[Any]:
     """Read a tensor whose type the library's NumPy front end does not know: bytes, by its other entry."""
-    from safetensors import deserialize
-
-    info = dict(deserialize(path.read_bytes()))[name]  # type: ignore[no-untyped-call]
+    info = _deserialized(path)[name]
     data = np.frombuffer(bytes(info["data"]), np.uint8)
     rows = max(shape[0] if shape else 1, 1)
     width = len(data) // rows

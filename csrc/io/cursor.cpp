@@ -31,13 +31,12 @@ Cost cost_of(const Work& work, const Span& span) {
   return cost;
 }
 
-}  // namespace
-
-std::int64_t Cursor::fitting(const Span& span, std::size_t room) const {
-  const Cost cost = cost_of(work_, span);
-  if (room <= cost.fixed) return 0;
-  return static_cast<std::int64_t>((room - cost.fixed) / cost.per_element);
+// Elements that fit into `room` bytes.
+std::int64_t fitting(const Cost& cost, std::size_t room) {
+  return room <= cost.fixed ? 0 : static_cast<std::int64_t>((room - cost.fixed) / cost.per_element);
 }
+
+}  // namespace
 
 bool Cursor::next(std::vector<Part>& parts) {
   parts.clear();
@@ -49,7 +48,8 @@ bool Cursor::next(std::vector<Part>& parts) {
     const std::int64_t begin = span.out_offset + element_ * out_size(span);
     if (!parts.empty() && (span.out_file != work_.spans[parts.front().span].out_file || begin != end)) break;
     const std::int64_t left = span.count - element_;
-    std::int64_t take = std::min(left, fitting(span, room));
+    const Cost cost = cost_of(work_, span);
+    std::int64_t take = std::min(left, fitting(cost, room));
     if (take < left) {
       const std::int64_t page_end = (begin + take * out_size(span)) / kPage * kPage;
       const std::int64_t aligned = (page_end - begin) / out_size(span);
@@ -59,7 +59,6 @@ bool Cursor::next(std::vector<Part>& parts) {
         break;
     }
     if (take > 0) parts.push_back({span_, element_, take});
-    const Cost cost = cost_of(work_, span);
     room -= std::min(room, cost.fixed + cost.per_element * static_cast<std::size_t>(take));
     end = begin + take * out_size(span);
     element_ += take;

@@ -29,8 +29,6 @@ class Cursor {
   bool next(std::vector<Part>& parts);
 
  private:
-  std::int64_t fitting(const Span& span, std::size_t room) const;
-
   const Work& work_;
   const std::size_t capacity_;
   std::mutex mutex_;

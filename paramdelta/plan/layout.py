@@ -66,7 +66,8 @@ def lay_out(request: MergeRequest, pairing: Pairing, tables: Tables) -> Layout:
     elements = np.array([math.prod(shape) for shape in pairing.shapes], np.int64)
     nbytes = elements * _BITS[dtypes] // 8
     files, order, file_names = _assign(request, pairing, tables, nbytes)
-    headers, sizes, offsets = _headers(pairing, tables, order, files, dtypes, file_names)
+    headers, offsets = _headers(pairing, tables, order, files, dtypes, file_names)
+    sizes = [len(header) + int(nbytes[order[files == i]].sum()) for i, header in enumerate(headers)]
     spans, terms = _work(pairing, tables, order, files, offsets, dtypes, elements, nbytes)
     work = Work(
         inputs=tables.inputs(),
@@ -110,10 +111,9 @@ def _assign(
     table = tables.new_base.tensors
     # What only post has goes behind the last tensor of the last file.
     last = len(tables.new_base.files) - 1
-    lookup = {name: row for row, name in enumerate(table.names)}
     home = np.array(
         [
-            row if row != NONE else lookup.get(name, NONE)
+            row if row != NONE else table.rows.get(name, NONE)
             for row, name in zip(new_rows.tolist(), pairing.names, strict=True)
         ],
         np.int64,
@@ -145,11 +145,11 @@ def _split(nbytes: Column, limit: int) -> tuple[Column, Column, list[str]]:
 
 def _headers(
     pairing: Pairing, tables: Tables, order: Column, files: Column, dtypes: Column, file_names: list[str]
-) -> tuple[list[bytes], list[int], Column]:
-    """Return each file's header bytes and size, and each output tensor's absolute offset in its file."""
+) -> tuple[list[bytes], Column]:
+    """Return the bytes each file starts with, and each output tensor's absolute offset in its file."""
     metadata = {f.name: f.metadata for f in tables.new_base.files}
     default = dict(tables.new_base.files[0].metadata) if tables.new_base.files else {}
-    headers, sizes = [], []
+    headers = []
     offsets = np.zeros(len(order), np.int64)
     for file, name in enumerate(file_names):
         members = np.flatnonzero(files == file)
@@ -160,10 +160,8 @@ def _headers(
             [pairing.names[i] for i in rows], types, shapes, metadata.get(name, default), subject=name
         )
         offsets[members] = begins + len(header)
-        data = sum(math.prod(s) * t.bits // 8 for s, t in zip(shapes, types, strict=True))
         headers.append(header)
-        sizes.append(len(header) + data)
-    return headers, sizes, offsets
+    return headers, offsets
 
 
 def _work(
@@ -246,13 +244,10 @@ def _with_extended(
             _shift(span, "new", checkpoints["new_base"], rows["new_base"], first, width, have["new_base"])
             alpha = pairing.alphas[i]
             if first < have["post"] and alpha != 0.0:
-                term = np.zeros((), TERM)
+                term = np.zeros(1, TERM)
                 term["alpha"] = alpha
                 for role in ("post", "base"):
-                    one = np.zeros(1, TERM)
-                    _place(one, role, tables, role, np.array([rows[role]]))
-                    for column in ("file", "offset", "dtype"):
-                        term[f"{role}_{column}"] = one[f"{role}_{column}"][0]
+                    _place(term, role, tables, role, np.array([rows[role]]))
                     _shift(term, role, checkpoints[role], rows[role], first, width, have[role])
                 span["first_term"], span["n_terms"] = len(terms) + len(extra_terms), 1
                 extra_terms.append(term)
@@ -260,7 +255,7 @@ def _with_extended(
     keep = np.ones(len(spans), bool)
     keep[extended] = False
     spans = np.concatenate([spans[keep], np.array(extra_spans, SPAN)])
-    terms = np.concatenate([terms, np.array(extra_terms, TERM)])
+    terms = np.concatenate([terms, *extra_terms])
     return spans[np.lexsort((spans["out_offset"], spans["out_file"]))], terms
 
 
