@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from paramdelta.plan.work import Work
 
-# Half a MiB to one MiB a worker stays in the second-level cache from read to write; larger slots were slower on every
-# file system tried (docs/performance.md).
+# A MiB a worker stays in the second-level cache from read to write. Smaller slots cost system calls; larger ones, up to
+# 8 MiB, made no difference beyond the noise (docs/performance.md).
 SLOT_BYTES = 1 << 20
 SMALLEST_SLOT = 1 << 17
 WAKE_SECONDS = 0.1
