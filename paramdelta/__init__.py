@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from paramdelta.verification import verify
 
 __version__ = "0.1.0"
+JSON_VERSION = 1  # of the documents that --json prints (docs/json.md)
 
 _LAZY = {
     "merge": "paramdelta.merging",

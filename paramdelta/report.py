@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-JSON_VERSION = 1
+from paramdelta import JSON_VERSION
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from paramdelta import JSON_VERSION
 from paramdelta.checkpoint.folder import INDEX, SINGLE, Checkpoint, ShardFile, open_checkpoint
 from paramdelta.checkpoint.quantised import quantisation_complaint, quantised_as
 from paramdelta.checkpoint.table import TensorSpec, TensorTable
@@ -35,7 +36,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         entry["elements"] += math.prod(shape)
         entry["bytes"] += int(table.nbytes[row])
     return {
-        "version": 1,
+        "version": JSON_VERSION,
         "kind": "checkpoint",
         "name": checkpoint.label,
         "architecture": ", ".join(map(str, architectures if isinstance(architectures, list) else [])) or None,

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
+from paramdelta import JSON_VERSION
 from paramdelta.errors import EXIT_FAILED, InputError, ParamDeltaError
 
 EXIT_INTERRUPTED = 130
@@ -53,8 +54,6 @@ def report_error(error: ParamDeltaError, *, as_json: bool) -> None:
 
 def error_document(error: ParamDeltaError) -> dict[str, Any]:
     """Return an error as the JSON document described in docs/json.md."""
-    from paramdelta.report import JSON_VERSION
-
     complaints = (
         [{"subject": c.subject, "problem": c.problem, "remedy": c.remedy} for c in error.complaints]
         if isinstance(error, InputError)

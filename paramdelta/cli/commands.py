@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ Exit codes
 """
 
 
-class _Lazy(click.Group):
+class _InOrder(click.Group):
     """Shows commands in the order of a session, not of the alphabet."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -34,7 +33,7 @@ class _Lazy(click.Group):
 
 
 @click.group(
-    cls=_Lazy,
+    cls=_InOrder,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=_EXAMPLES,
 )
@@ -134,10 +133,9 @@ def verify(out: str, post: str, base: str, new_base: str, everything: bool, as_j
 @options.output
 def demo(folder: str, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Write three small Llama-shaped checkpoints into DIR, merge them, verify the result and show it."""
-    from paramdelta.cli import present
+    from paramdelta.cli import present, tour
 
-    shows = importlib.import_module("paramdelta.cli.tour")
-    outcome = shows.run_demo(Path(folder), overwrite=overwrite, quiet=quiet or as_json)
+    outcome = tour.run_demo(Path(folder), overwrite=overwrite, quiet=quiet or as_json)
     if as_json:
         click.echo(json.dumps(outcome, indent=2))
     elif not quiet:

@@ -4,10 +4,20 @@ spell."""
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paramdelta.cli.render import count, human_bytes, human_seconds, print_columns, print_table, print_warnings, say
+from paramdelta.cli.render import (
+    count,
+    human_bytes,
+    human_seconds,
+    print_columns,
+    print_rich,
+    print_table,
+    print_warnings,
+    say,
+)
 
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
@@ -81,8 +91,6 @@ def plan(plan: Plan) -> None:
             for i, (name, size) in enumerate(plan.work.outputs)
         ][:40],
     )
-    from paramdelta.cli.render import print_rich
-
     files = ", ".join(f"{f.name} ({f.origin})" for f in plan.side_files)
     if files:
         print_rich(f"side files: {files}")
@@ -90,8 +98,6 @@ def plan(plan: Plan) -> None:
 
 def lower_bound(plan: Plan) -> str | None:
     """Return the time the page cache alone would need for the bytes the plan moves, from a short copy in memory."""
-    import time
-
     import numpy as np
 
     moved = plan.bytes_read + plan.bytes_written

@@ -9,7 +9,7 @@ from typing import Any
 from paramdelta import merging, verification
 from paramdelta.cli import present, render
 from paramdelta.demo import write_demo
-from paramdelta.errors import Complaint, InputError
+from paramdelta.errors import Complaint, InputError, ParamDeltaError
 from paramdelta.plan import make_request
 
 _MARK = "paramdelta-demo.txt"
@@ -41,7 +41,7 @@ def run_demo(folder: Path, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
         present.merge_report(report)
         present.verify_report(checked)
     if checked.problems:
-        raise AssertionError(f"the demo's merge is not what the reference computes: {checked.problems[0]}")
+        raise ParamDeltaError(f"the demo's merge is not what the reference computes: {checked.problems[0]}")
     return {**report.to_dict(), "kind": "demo", "merge": report.to_dict(), "verify": checked.to_dict()}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paramdelta import JSON_VERSION
 from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint, quantisation_complaint
 from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, PlanError
@@ -121,7 +122,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values."""
         return {
-            "version": 1,
+            "version": JSON_VERSION,
             "kind": "plan",
             "parameters": self.parameters,
             "tensors": len(self.names),
