@@ -78,9 +78,10 @@ def test_bad_input_is_exit_2_with_every_complaint_and_nothing_written(folder: Pa
     before = listing(folder)
     done = run(
         "merge", "--post", "post", "--base", "nowhere", "--new-base", "new_base", "--out", "post",
-        "--alpha", "inf", "--dtype", "bf17", "--max-shard-size", "big", cwd=folder,
+        "--alpha", "inf", "--dtype", "bf17", "--max-shard-size", "big", "--memory", "1kB", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 2
+    assert "--memory: expected at least" in done.stderr
     assert done.stdout == ""
     for text in ("nowhere", "finite", "bf17", "'big'", "is post itself", "nothing was written"):
         assert text in done.stderr

@@ -59,8 +59,8 @@ def merge(as_json: bool, quiet: bool, threads: int | None, memory: str | None, i
     from paramdelta import merging
     from paramdelta.cli import present, render
 
-    run_options = present.engine_options(threads, memory, isa)
-    plan = merging.prepare(present.request_of(request))
+    merge_request, run_options = present.merge_inputs(request, threads, memory, isa)
+    plan = merging.prepare(merge_request)
     if not as_json:
         render.print_warnings(plan.warnings)
     total = plan.bytes_read + plan.bytes_written
@@ -82,8 +82,9 @@ def plan(as_json: bool, quiet: bool, **request: Any) -> None:
     """Say what a merge would do: tensors, bytes, files, policies, and a lower bound of its time. Writes nothing."""
     from paramdelta import merging
     from paramdelta.cli import present, render
+    from paramdelta.plan import make_request
 
-    made = merging.prepare(present.request_of(request))
+    made = merging.prepare(make_request(**request))
     if as_json:
         click.echo(json.dumps(made.describe(), indent=2))
         return

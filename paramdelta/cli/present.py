@@ -18,6 +18,7 @@ from paramdelta.cli.render import (
     print_warnings,
     say,
 )
+from paramdelta.errors import Complaint, InputError, OperandError
 
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
@@ -28,21 +29,26 @@ if TYPE_CHECKING:
 _PROBE_BYTES = 256 << 20
 
 
-def request_of(options: dict[str, Any]) -> MergeRequest:
-    """Return the request that the command line's options spell; all that is wrong with them in one InputError."""
-    from paramdelta.plan import make_request
-
-    return make_request(**options)
-
-
-def engine_options(threads: int | None, memory: str | None, isa: str | None) -> EngineOptions:
-    """Return the engine's options; ``memory`` as a size such as ``256MiB``."""
+def merge_inputs(
+    options: dict[str, Any], threads: int | None, memory: str | None, isa: str | None
+) -> tuple[MergeRequest, EngineOptions]:
+    """Return the request and the engine's options of a merge (``memory`` as a size such as ``256MiB``), or raise one
+    InputError for both."""
     from paramdelta.engine import EngineOptions
+    from paramdelta.plan import make_request
     from paramdelta.plan.request import parse_size
 
-    return EngineOptions(
-        threads=threads, memory=None if memory is None else parse_size(memory, option="--memory"), isa=isa
-    )
+    wrong: list[Complaint] = []
+    engine_options = EngineOptions(threads=threads, isa=isa)
+    try:
+        if memory is not None:
+            size = parse_size(memory, option="--memory")
+            engine_options = EngineOptions(threads=threads, memory=size, isa=isa)
+    except InputError as error:
+        wrong += error.complaints
+    except OperandError as error:
+        wrong.append(Complaint("--memory", str(error).removeprefix("memory: ")))
+    return make_request(*wrong, **options), engine_options
 
 
 def merge_report(report: MergeReport) -> None:

@@ -135,18 +135,23 @@ class Plan:
         }
 
 
-def make_request(**options: Any) -> MergeRequest:
-    """Build a request as :meth:`MergeRequest.build` does. Where it is wrong, the folders it names are looked at too, so
-    that one run shows everything. Raises PlanError."""
+def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
+    """Build a request as :meth:`MergeRequest.build` does. Where it is wrong, or ``wrong`` names what the caller found,
+    the folders are looked at too, so that one run shows everything. Raises PlanError."""
+    found = list(wrong)
     try:
-        return MergeRequest.build(**options)
+        request = MergeRequest.build(**options)
     except PlanError as error:
-        folders = {key: options[key] for key in (*ROLES, "out", "overwrite") if key in options}
-        try:
-            open_all(MergeRequest.build(**folders))
-        except PlanError as more:
-            raise PlanError([*error.complaints, *more.complaints]) from None
-        raise
+        found += error.complaints
+    else:
+        if not found:
+            return request
+    folders = {key: options[key] for key in (*ROLES, "out", "overwrite") if key in options}
+    try:
+        open_all(MergeRequest.build(**folders))
+    except PlanError as error:
+        found += error.complaints
+    raise PlanError(found)
 
 
 def open_all(request: MergeRequest) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
