@@ -9,7 +9,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # 8 MiB, made no difference beyond the noise (docs/performance.md).
 SLOT_BYTES = 1 << 20
 SMALLEST_SLOT = 1 << 17
+# Whole rows of units are read in long runs; beyond this, pieces of them will do.
+LARGEST_SLOT = 1 << 23
 WAKE_SECONDS = 0.1
 
 
@@ -45,13 +47,14 @@ class EngineOptions:
         if self.memory is not None and self.memory < SMALLEST_SLOT:
             raise OperandError(f"memory: expected at least {SMALLEST_SLOT} bytes (128 KiB), got {self.memory}")
 
-    def resolve(self) -> tuple[int, int]:
-        """Return (threads, bytes of a slot): fewer threads where the memory allows no more slots."""
+    def resolve(self, work: Work) -> tuple[int, int]:
+        """Return (threads, bytes of a slot): fewer threads where the memory allows no more slots, larger slots where
+        rows of a quantised matrix's units take more."""
         from paramdelta.backends.threads import default_threads
 
         threads = self.threads or default_threads()
         if self.memory is None:
-            return threads, SLOT_BYTES
+            return threads, max(SLOT_BYTES, min(_unit_bytes(work), LARGEST_SLOT) // 4096 * 4096)
         threads = max(1, min(threads, self.memory // SMALLEST_SLOT))
         return threads, min(self.memory // threads, 1 << 30) // 4096 * 4096
 
@@ -66,9 +69,19 @@ class TensorCounts:
     overflow: int
 
 
+@dataclass(frozen=True)
+class TensorLoss:
+    """What quantising lost of one tensor: sums of (code · scale − merged)² and of merged²."""
+
+    tensor: int
+    error_squared: float
+    value_squared: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run did: seconds of wall time, bytes moved, and the tensors with non-finite or overflowed results."""
+    """What a run did: seconds of wall time, bytes moved, the tensors with non-finite or overflowed results, and what
+    quantising lost. ``measured`` is (amax, touched) of each unit, in a pass that measures."""
 
     seconds: float
     bytes_read: int
@@ -77,6 +90,11 @@ class RunResult:
     slot_bytes: int
     isa: str
     counts: tuple[TensorCounts, ...]
+    losses: tuple[TensorLoss, ...] = ()
+    measured: tuple[tuple[float, bool], ...] = ()
+
+
+_NOTHING = RunResult(seconds=0.0, bytes_read=0, bytes_written=0, threads=0, slot_bytes=0, isa="", counts=())
 
 
 def create_outputs(work: Work, folder: Path) -> list[Path]:
@@ -108,14 +126,50 @@ def run(
     called about ten times a second. KeyboardInterrupt, and whatever ``on_progress`` raises, stops the workers after
     the load they carry and is raised again. Raises StorageError where a read or write fails.
     """
+    work, before = settle(work, tensors=tensors, options=options, on_progress=on_progress)
+    result = _carry_out(work, outputs, tensors, options, before, on_progress)
+    return replace(
+        result,
+        seconds=result.seconds + before.seconds,
+        bytes_read=result.bytes_read + before.bytes_read,
+    )
+
+
+def settle(
+    work: Work,
+    *,
+    tensors: int,
+    options: EngineOptions | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Work, RunResult]:
+    """Find the scales of whole tensors, where ``work`` has any, by a pass that reads and writes nothing. Return the
+    work that is left and what the pass did. Raises as :func:`run`."""
+    if not work.unsettled:
+        return work, _NOTHING
+    measures = work.measuring()
+    result = _carry_out(measures, [], tensors, options, _NOTHING, on_progress)
+    return work.settled(result.measured), result
+
+
+def _carry_out(
+    work: Work,
+    outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]],
+    tensors: int,
+    options: EngineOptions | None,
+    before: RunResult,
+    on_progress: Callable[[int, int], None] | None,
+) -> RunResult:
     run_ = start(work, outputs, tensors=tensors, options=options)
+
+    def report(read: int, written: int) -> None:
+        if on_progress is not None:
+            on_progress(before.bytes_read + read, written)
+
     try:
         while not run_.wait_for(WAKE_SECONDS):
-            if on_progress is not None:
-                on_progress(*run_.progress())
+            report(*run_.progress())
         result = run_.finish()
-        if on_progress is not None:
-            on_progress(result.bytes_read, result.bytes_written)
+        report(result.bytes_read, result.bytes_written)
         return result
     except BaseException:
         run_.abandon()
@@ -148,7 +202,7 @@ class RunningWork:
 
     def finish(self) -> RunResult:
         """Wait for the workers and return what was done. Raises StorageError."""
-        counts = self._engine.finish()
+        counts, losses, measured = self._engine.finish()
         read, written = self._engine.progress()
         return RunResult(
             seconds=time.perf_counter() - self._started,
@@ -158,6 +212,8 @@ class RunningWork:
             slot_bytes=self._slot_bytes,
             isa=self._isa,
             counts=tuple(TensorCounts(*row) for row in counts),
+            losses=tuple(TensorLoss(*row) for row in losses),
+            measured=tuple(measured),
         )
 
 
@@ -172,18 +228,24 @@ def start(
     from paramdelta import _cpu
 
     options = options or EngineOptions()
-    threads, slot_bytes = options.resolve()
+    threads, slot_bytes = options.resolve(work)
     _allow_open_files(len(work.inputs) + len(outputs))
-    engine = _cpu.Engine(
-        spans=work.spans,
-        terms=work.terms,
-        tensors=tensors,
-        inputs=[os.fsencode(path) for path in work.inputs],
-        outputs=[os.fsencode(out) if isinstance(out, Path) else out for out in outputs],
-        threads=threads,
-        slot_bytes=slot_bytes,
-        isa=options.isa,
-    )
+    columns = ("spans", "terms", "regions", "region_terms", "views", "recipes")
+    try:
+        engine = _cpu.Engine(
+            columns={name: getattr(work, name) for name in columns},
+            tensors=tensors,
+            units=len(work.units),
+            inputs=[os.fsencode(i) if isinstance(i, Path) else i for i in work.inputs],
+            outputs=[os.fsencode(out) if isinstance(out, Path) else out for out in outputs],
+            threads=threads,
+            slot_bytes=slot_bytes,
+            isa=options.isa,
+        )
+    except ValueError as error:
+        if "are too small" not in str(error):
+            raise
+        raise OperandError(f"memory: {error}: give more memory, or fewer threads") from None
     return RunningWork(engine, threads, slot_bytes, options.isa or _cpu.best_isa())
 
 
@@ -198,3 +260,23 @@ def _allow_open_files(count: int) -> None:
             f"the merge opens {count} files, but this process may open only {hard}: raise the limit (ulimit -n)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _unit_bytes(work: Work) -> int:
+    """Return about how many bytes a row of units takes of a slot, in the region where it takes most."""
+    if not len(work.regions):
+        return 0
+    import numpy as np
+
+    from paramdelta.formats import CODEC_BITS, CODECS
+
+    bits = np.array([CODEC_BITS[codec] for codec in CODECS])
+    regions = work.regions
+    per_element = np.full(len(regions), 16) + bits[work.views["codec"][regions["new_view"]]]
+    terms = work.region_terms
+    of_terms = np.zeros(len(terms) + 1, np.int64)
+    of_terms[1:] = np.cumsum(bits[work.views["codec"][terms["post_view"]]] + bits[work.views["codec"][terms["base_view"]]])
+    per_element += of_terms[regions["first_term"] + regions["n_terms"]] - of_terms[regions["first_term"]]
+    whole = np.where((regions["recipe"] >= 0) & (regions["given_file"] < 0), regions["rows"], 1)
+    rows = np.where(regions["grid_rows"] > 0, np.minimum(regions["grid_rows"], regions["rows"]), whole)
+    return int((rows * regions["cols"] * per_element // 8 * 9 // 8).max()) + (1 << 16)

@@ -38,10 +38,11 @@ struct Scales {
   std::uint32_t row_phase = 0, col_phase = 0;
   Second second = Second::none;
   float second_value = 1.0f;
-  // Zero points of i4, null: 8 for all. Nibble (r + row_phase) % 8 of the 32-bit word in row (r + row_phase) / 8, and
+  // Zero points of i4, null: 8 for all. Nibble (r + zero_phase) % 8 of the 32-bit word in row (r + zero_phase) / 8, and
   // in the column of the element's scale; `zero_pitch` in words.
   const void* zero_points = nullptr;
   std::ptrdiff_t zero_pitch = 0;
+  std::uint32_t zero_phase = 0;
 };
 
 // rows × cols elements; `pitch`: bytes from one row to the next. No alignment is required.

@@ -3,6 +3,8 @@
 #include "io/cursor.hpp"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace paramdelta::io {
 namespace {
@@ -36,11 +38,71 @@ std::int64_t fitting(const Cost& cost, std::size_t room) {
   return room <= cost.fixed ? 0 : static_cast<std::int64_t>((room - cost.fixed) / cost.per_element);
 }
 
+// `units` of them, but at least one and no more than fill `total`.
+std::int64_t filled(std::int64_t units, std::int64_t unit, std::int64_t total) {
+  return std::min(total, std::max<std::int64_t>(units, 1) * unit);
+}
+
+// The most of `total`, in multiples of `unit`, for which bytes(n) ≤ room. bytes(unit) does; it grows about evenly.
+template <class Bytes>
+std::int64_t most(std::int64_t total, std::int64_t unit, std::size_t room, const Bytes& bytes) {
+  auto units = static_cast<std::int64_t>(room / std::max<std::size_t>(bytes(std::min(unit, total)), 1));
+  while (units > 1 && bytes(filled(units, unit, total)) > room) units -= std::max<std::int64_t>(1, units / 16);
+  return filled(units, unit, total);
+}
+
 }  // namespace
 
-bool Cursor::next(std::vector<Part>& parts) {
-  parts.clear();
+Cursor::Cursor(const Work& work, std::size_t capacity, std::size_t slot)
+    : work_(work), capacity_(capacity), slot_(slot) {
+  for (const Region& region : work_.regions) {
+    const Unit unit = unit_of(work_, region);
+    const std::size_t needed = Rectangle::bytes_for(work_, region, unit.rows, unit.cols);
+    if (needed > slot_)
+      throw std::invalid_argument("slots of " + std::to_string(slot_) + " bytes are too small: elements that share a " +
+                                  "scale take " + std::to_string(needed));
+  }
+}
+
+bool Cursor::next(Load& load) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  load.parts.clear();
+  next_parts(load.parts);
+  return !load.parts.empty() || next_piece(load.piece);
+}
+
+// Whole rows where a unit of them fits, so that reads are long; else columns of one row of units after the other.
+bool Cursor::next_piece(Piece& piece) {
+  at_.col += at_.cols;
+  for (;; ++at_.region, at_ = {at_.region, 0, 0, 0, 0}) {
+    if (at_.region >= work_.regions.size()) return false;
+    const Region& region = work_.regions[at_.region];
+    if (at_.col >= region.cols) {
+      at_.row += at_.rows;
+      at_.col = 0;
+    }
+    if (at_.row < region.rows && region.cols > 0) break;
+  }
+  const Region& region = work_.regions[at_.region];
+  const Unit unit = unit_of(work_, region);
+  const auto bytes = [&](std::int64_t rows, std::int64_t cols) {
+    return Rectangle::bytes_for(work_, region, rows, cols);
+  };
+  if (at_.col == 0) {
+    const std::int64_t rows = region.rows - at_.row;
+    at_.rows = std::min(unit.rows, rows);
+    at_.cols = region.cols;
+    if (bytes(at_.rows, at_.cols) <= slot_)
+      at_.rows = most(rows, unit.rows, slot_, [&](std::int64_t n) { return bytes(n, region.cols); });
+    else
+      at_.cols = most(region.cols, unit.cols, slot_, [&](std::int64_t n) { return bytes(at_.rows, n); });
+  }
+  piece = at_;
+  piece.cols = std::min(at_.cols, region.cols - at_.col);
+  return true;
+}
+
+void Cursor::next_parts(std::vector<Part>& parts) {
   std::size_t room = capacity_;
   std::int64_t end = 0;  // of the extent so far
   while (span_ < work_.spans.size()) {
@@ -66,7 +128,6 @@ bool Cursor::next(std::vector<Part>& parts) {
     ++span_;
     element_ = 0;
   }
-  return !parts.empty();
 }
 
 }  // namespace paramdelta::io

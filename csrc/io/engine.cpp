@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <chrono>
 #include <new>
 #include <stdexcept>
@@ -21,24 +22,24 @@ std::byte* map_slab(std::size_t bytes) {
 
 void Engine::Unmapper::operator()(std::byte* memory) const { ::munmap(memory, bytes); }
 
-Engine::Engine(Work work, const std::vector<std::string>& inputs, std::vector<Target> outputs,
+Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs,
                const std::vector<std::int64_t>& output_sizes, Options options)
     : work_(std::move(work)),
+      inputs_(std::move(inputs)),
       outputs_(std::move(outputs)),
       options_(options),
-      slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}),
-      counts_(work_.tensors) {
+      slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}) {
   if (options_.threads < 1) throw std::invalid_argument("at least one thread is needed");
   std::vector<std::int64_t> input_sizes;
-  for (const std::string& path : inputs) {
-    inputs_.push_back(File::open_for_reading(path));
-    input_sizes.push_back(inputs_.back().size());
-  }
+  for (const Input& input : inputs_) input_sizes.push_back(input.size());
   work_.validate(input_sizes, output_sizes);
+  results_.counts.resize(work_.tensors);
+  results_.losses.resize(work_.regions.empty() ? 0 : work_.tensors);
+  results_.measured.resize(work_.units);
   const std::size_t capacity = Slot::capacity(work_, options_.slot_bytes);
   if (capacity < 4096 * static_cast<std::size_t>(work_.max_operands()))
     throw std::invalid_argument("slots of " + std::to_string(options_.slot_bytes) + " bytes are too small");
-  cursor_.emplace(work_, capacity);
+  cursor_.emplace(work_, capacity, options_.slot_bytes);
   slab_.reset(map_slab(slab_.get_deleter().bytes));
 }
 
@@ -58,8 +59,10 @@ void Engine::start() {
 
 void Engine::run(int worker) {
   try {
-    Slot slot(work_, slab_.get() + static_cast<std::size_t>(worker) * options_.slot_bytes, options_.slot_bytes);
-    work_through(slot);
+    std::byte* memory = slab_.get() + static_cast<std::size_t>(worker) * options_.slot_bytes;
+    Slot slot(work_, memory, options_.slot_bytes);
+    Rectangle rectangle(work_, memory, options_.slot_bytes);
+    work_through(slot, rectangle);
   } catch (...) {
     stopping_ = true;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -70,17 +73,46 @@ void Engine::run(int worker) {
   done_.notify_all();
 }
 
-void Engine::work_through(Slot& slot) {
-  while (!stopping_.load(std::memory_order_relaxed) && cursor_->next(slot.parts())) {
-    bytes_read_ += static_cast<std::int64_t>(slot.fill(inputs_, outputs_));
-    slot.compute([this](const Merge& job, std::int32_t tensor) {
-      const Counts counts = cpu::merge(options_.isa, job, cpu::Store::cached);
-      if (counts.nan + counts.inf + counts.overflow == 0) return;
-      const std::lock_guard<std::mutex> lock(mutex_);
-      counts_[static_cast<std::size_t>(tensor)] += counts;
-    });
-    bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_));
+void Engine::work_through(Slot& slot, Rectangle& rectangle) {
+  Load load;
+  while (!stopping_.load(std::memory_order_relaxed) && cursor_->next(load)) {
+    if (load.parts.empty()) {
+      carry(rectangle, load.piece);
+    } else {
+      slot.parts().swap(load.parts);
+      carry(slot);
+    }
   }
+}
+
+void Engine::carry(Slot& slot) {
+  bytes_read_ += static_cast<std::int64_t>(slot.fill(inputs_, outputs_));
+  slot.compute([this](const Merge& job, std::int32_t tensor) {
+    const Counts counts = cpu::merge(options_.isa, job, cpu::Store::cached);
+    if (counts.nan + counts.inf + counts.overflow == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    results_.counts[static_cast<std::size_t>(tensor)] += counts;
+  });
+  bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_));
+}
+
+void Engine::carry(Rectangle& rectangle, const Piece& piece) {
+  bytes_read_ += static_cast<std::int64_t>(rectangle.fill(piece, inputs_));
+  const Region& region = rectangle.region();
+  const ScaledResult result = region.measure ? cpu::measure_scaled(options_.isa, rectangle.job())
+                                             : cpu::merge_scaled(options_.isa, rectangle.job());
+  bytes_written_ += static_cast<std::int64_t>(rectangle.drain(outputs_));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (region.measure) {
+    Measured& unit = results_.measured[static_cast<std::size_t>(region.unit)];
+    unit.amax = std::max(unit.amax, result.amax);
+    unit.touched = unit.touched || result.touched;
+    return;
+  }
+  const auto tensor = static_cast<std::size_t>(region.tensor);
+  results_.counts[tensor] += result.counts;
+  results_.losses[tensor].error_squared += result.error_squared;
+  results_.losses[tensor].value_squared += result.value_squared;
 }
 
 bool Engine::wait_for(double seconds) {
@@ -92,11 +124,11 @@ void Engine::stop() { stopping_ = true; }
 
 Progress Engine::progress() const { return {bytes_read_.load(), bytes_written_.load()}; }
 
-const std::vector<Counts>& Engine::finish() {
+const Results& Engine::finish() {
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
   if (error_) std::rethrow_exception(error_);
-  return counts_;
+  return results_;
 }
 
 }  // namespace paramdelta::io

@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "cpu/merge.hpp"
+#include "cpu/scaled.hpp"
 #include "io/cursor.hpp"
+#include "io/rectangle.hpp"
 #include "io/slot.hpp"
 #include "io/work.hpp"
 
@@ -24,6 +26,24 @@ struct Options {
   cpu::Isa isa = cpu::Isa::scalar;
 };
 
+// What measuring a unit found: the largest |x| of its regions, and whether a delta in one of them is not zero.
+struct Measured {
+  float amax = 0.0f;
+  bool touched = false;
+};
+
+// What quantising lost of an output tensor: sums of (code · scale − merged)² and merged².
+struct Loss {
+  double error_squared = 0.0;
+  double value_squared = 0.0;
+};
+
+struct Results {
+  std::vector<Counts> counts;      // one per tensor
+  std::vector<Loss> losses;        // one per tensor; empty where the work has no regions
+  std::vector<Measured> measured;  // one per unit
+};
+
 struct Progress {
   std::int64_t bytes_read;
   std::int64_t bytes_written;
@@ -33,9 +53,9 @@ struct Progress {
 // start() returns at once; finish() joins the workers. No thread outlives the engine.
 class Engine {
  public:
-  // Opens every file and checks the work against their sizes. Throws StorageError or std::invalid_argument. Output
+  // Checks the work against the sizes of the files. Throws StorageError or std::invalid_argument. Output
   // files must exist at their full size; memory of a target belongs to the caller and must outlive the run.
-  Engine(Work work, const std::vector<std::string>& inputs, std::vector<Target> outputs,
+  Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs,
          const std::vector<std::int64_t>& output_sizes, Options options);
   ~Engine();
   Engine(const Engine&) = delete;
@@ -45,8 +65,8 @@ class Engine {
   bool wait_for(double seconds);  // true when every worker is done
   void stop();                    // workers end after the load they carry
   Progress progress() const;
-  // Joins; throws the first error of a worker. Counts of NaN, Inf and overflow, one per tensor.
-  const std::vector<Counts>& finish();
+  // Joins; throws the first error of a worker.
+  const Results& finish();
 
  private:
   struct Unmapper {
@@ -54,10 +74,12 @@ class Engine {
     void operator()(std::byte* memory) const;
   };
   void run(int worker);
-  void work_through(Slot& slot);
+  void work_through(Slot& slot, Rectangle& rectangle);
+  void carry(Slot& slot);
+  void carry(Rectangle& rectangle, const Piece& piece);
 
   Work work_;
-  std::vector<File> inputs_;
+  std::vector<Input> inputs_;
   std::vector<Target> outputs_;
   const Options options_;
   std::optional<Cursor> cursor_;
@@ -70,7 +92,7 @@ class Engine {
   std::condition_variable done_;
   int running_ = 0;
   std::exception_ptr error_;
-  std::vector<Counts> counts_;
+  Results results_;
 };
 
 }  // namespace paramdelta::io

@@ -102,7 +102,7 @@ void Slot::lay_out(std::vector<Target>& outputs) {
     throw std::logic_error("a load outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
 }
 
-std::size_t Slot::fill(const std::vector<File>& inputs, std::vector<Target>& outputs) {
+std::size_t Slot::fill(const std::vector<Input>& inputs, std::vector<Target>& outputs) {
   lay_out(outputs);
   std::size_t total = 0;
   for (const Read& read : reads_) {

@@ -10,12 +10,6 @@
 
 namespace paramdelta::io {
 
-// Where output goes: a file, or memory of the caller's (`memory`, `bytes` long) that outlives the run.
-struct Target {
-  File file;
-  std::byte* memory = nullptr;
-};
-
 class Slot {
  public:
   // `memory` (`bytes` long, page-aligned) belongs to the caller and outlives the slot.
@@ -27,7 +21,7 @@ class Slot {
   std::vector<Part>& parts() { return parts_; }
 
   // Lays the load out and reads its operands. Returns the bytes read.
-  std::size_t fill(const std::vector<File>& inputs, std::vector<Target>& outputs);
+  std::size_t fill(const std::vector<Input>& inputs, std::vector<Target>& outputs);
   // Calls merge(const Merge&, std::int32_t tensor) for each part that has arithmetic.
   template <class Function>
   void compute(Function&& merge) {

@@ -29,6 +29,12 @@ int Work::max_operands() const {
 }
 
 void Work::validate(const std::vector<std::int64_t>& input_sizes, const std::vector<std::int64_t>& output_sizes) const {
+  validate_spans(input_sizes, output_sizes);
+  validate_regions(input_sizes, output_sizes);
+}
+
+void Work::validate_spans(const std::vector<std::int64_t>& input_sizes,
+                          const std::vector<std::int64_t>& output_sizes) const {
   const auto inputs = static_cast<std::int64_t>(input_sizes.size());
   std::int64_t file = 0;
   std::int64_t end = 0;  // of the previous span in the same file

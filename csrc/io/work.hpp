@@ -1,5 +1,6 @@
-// The work the engine is given: spans of output elements and the terms they add up, as plain columns. The layouts are
-// those of SPAN and TERM in paramdelta/plan/work.py; the binding compares the item sizes.
+// The work the engine is given, as plain columns: spans of output elements and the terms they add up; and regions, the
+// rectangles of quantised matrices, with the views of the files they are made of. The layouts are those of
+// paramdelta/plan/work.py; the binding compares the item sizes.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +8,12 @@
 #include <vector>
 
 #include "core/dtypes.hpp"
+#include "core/scaled.hpp"
 
 namespace paramdelta::io {
 
-inline constexpr std::int32_t kZeros = -1;  // a file number that stands for an operand of zeros
+inline constexpr std::int32_t kZeros = -1;   // a file number that stands for an operand of zeros
+inline constexpr std::int32_t kAbsent = -1;  // and one for a plane that is not there, or an output nobody wants
 
 struct Span {
   std::int64_t out_offset;
@@ -39,6 +42,49 @@ struct TermRef {
 };
 static_assert(sizeof(TermRef) == 40);
 
+// A matrix in files: element (r, c) of its codes lies at offset + r · row_stride + c · col_stride (bytes; for nibbles,
+// col_stride is 1 and counts pairs). Grids of scales likewise, by their own rows and columns. See Scales in
+// core/scaled.hpp for the grid.
+struct View {
+  std::int64_t offset, row_stride, col_stride;
+  std::int64_t scale_offset, scale_row_stride, scale_col_stride;
+  std::int64_t zero_offset, zero_row_stride;  // zero points: 32-bit words, columns next to each other
+  std::int64_t second_offset;
+  std::int32_t file, scale_file, zero_file, second_file;
+  std::uint32_t grid_rows, grid_cols, row_phase, col_phase;
+  std::uint8_t codec, scale_dtype, second;
+  std::uint8_t pad[5];
+};
+static_assert(sizeof(View) == 112);
+
+// rows × cols elements of an output matrix, whole units of its grid. Output codes: row r at out_offset + r · out_pitch.
+// `recipe` < 0: plain output of out_dtype. `given_file`, `second_file`: where the binary32 scale of the whole tensor
+// lies that another pass found. `unit`: where a measuring region adds up what it finds.
+struct Region {
+  std::int64_t out_offset, out_pitch, rows, cols;
+  std::int64_t scale_out_offset, scale_out_row_stride, scale_out_col_stride;
+  std::int64_t given_offset, second_offset;
+  std::int32_t tensor, out_file, scale_out_file, given_file, second_file;
+  std::int32_t recipe, new_view, first_term, n_terms, unit;
+  std::uint32_t grid_rows, grid_cols;
+  std::uint8_t out_dtype, keep, measure;
+  std::uint8_t pad[5];
+};
+static_assert(sizeof(Region) == 128);
+
+struct RegionTerm {
+  double alpha;
+  std::int32_t post_view, base_view;
+};
+static_assert(sizeof(RegionTerm) == 16);
+
+struct RecipeRow {
+  float largest, floor, zero;
+  std::uint8_t codec, scale_dtype, rule, reciprocal, values_bf16;
+  std::uint8_t pad[3];
+};
+static_assert(sizeof(RecipeRow) == 20);
+
 // Where one operand of a span lies on disk.
 struct Location {
   std::int32_t file;
@@ -46,11 +92,21 @@ struct Location {
   DType dtype;
 };
 
+// Rows (or columns) of a grid that `count` elements touch, the first of them `phase` elements into its block.
+constexpr std::int64_t grid_count(std::int64_t count, std::uint32_t phase, std::uint32_t block) {
+  return block == 0 || count == 0 ? (count > 0) : (count + phase - 1) / block + 1;
+}
+
 // `tensors` is the number of output tensors: spans count NaN, Inf and overflow into the one they name.
 struct Work {
   std::vector<Span> spans;
   std::vector<TermRef> terms;
   std::size_t tensors = 0;
+  std::vector<Region> regions;
+  std::vector<RegionTerm> region_terms;
+  std::vector<View> views;
+  std::vector<RecipeRow> recipes;
+  std::size_t units = 0;
 
   // The operands of a span in a fixed order: new_base, then post and base of each term.
   int operands(const Span& span) const { return 1 + 2 * span.n_terms; }
@@ -65,9 +121,20 @@ struct Work {
 
   int max_operands() const;
 
+  // Bytes of `cols` output elements of a region.
+  std::int64_t out_bytes(const Region& region, std::int64_t cols) const {
+    if (region.recipe < 0) return cols * static_cast<std::int64_t>(size_of(static_cast<DType>(region.out_dtype)));
+    const auto codec = static_cast<Codec>(recipes[static_cast<std::size_t>(region.recipe)].codec);
+    return static_cast<std::int64_t>(bytes_of(codec, static_cast<std::size_t>(cols)));
+  }
+
   // Throws std::invalid_argument where a span or term refers to a file, tensor, dtype or range that does not exist,
   // or where spans of one output file overlap or are out of order. The sizes are in bytes, one per file.
   void validate(const std::vector<std::int64_t>& input_sizes, const std::vector<std::int64_t>& output_sizes) const;
+
+ private:
+  void validate_spans(const std::vector<std::int64_t>& inputs, const std::vector<std::int64_t>& outputs) const;
+  void validate_regions(const std::vector<std::int64_t>& inputs, const std::vector<std::int64_t>& outputs) const;
 };
 
 }  // namespace paramdelta::io

@@ -26,40 +26,75 @@ std::vector<Row> rows_of(const py::buffer& buffer, const char* what) {
   return rows;
 }
 
-// The engine and the Python objects whose memory it writes to.
+// The engine and the Python objects whose memory it reads from or writes to.
 struct BoundEngine {
   std::vector<py::buffer_info> memory;
   std::unique_ptr<io::Engine> engine;
+
+  const py::buffer_info& bytes_of(const py::handle object, bool writable) {
+    memory.push_back(py::cast<py::buffer>(object).request(writable));
+    const py::buffer_info& info = memory.back();
+    if (info.ndim != 1 || info.itemsize != 1 || (info.shape[0] > 1 && info.strides[0] != 1))
+      throw std::invalid_argument("memory of inputs and outputs must be contiguous bytes");
+    return info;
+  }
 };
 
-std::unique_ptr<BoundEngine> make_engine(const py::buffer& spans, const py::buffer& terms, std::size_t tensors,
-                                         const std::vector<py::bytes>& inputs, const py::list& outputs, int threads,
-                                         std::size_t slot_bytes, const std::optional<std::string>& isa) {
-  auto bound = std::make_unique<BoundEngine>();
+std::vector<io::Input> inputs_of(const py::list& list, BoundEngine& bound) {
+  std::vector<io::Input> inputs;
+  for (const py::handle object : list) {
+    io::Input input;
+    if (py::isinstance<py::bytes>(object)) {  // a path, as os.fsencode gives it
+      input.file = io::File::open_for_reading(std::string(py::reinterpret_borrow<py::bytes>(object)));
+    } else {
+      const py::buffer_info& info = bound.bytes_of(object, false);
+      input.memory = static_cast<const std::byte*>(info.ptr);
+      input.bytes = info.shape[0];
+    }
+    inputs.push_back(std::move(input));
+  }
+  return inputs;
+}
+
+std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std::vector<std::int64_t>& sizes) {
   std::vector<io::Target> targets;
-  std::vector<std::int64_t> sizes;
-  for (const py::handle output : outputs) {
+  for (const py::handle object : list) {
     io::Target target;
-    if (py::isinstance<py::bytes>(output)) {  // a path, as os.fsencode gives it
-      target.file = io::File::open_for_writing(std::string(py::reinterpret_borrow<py::bytes>(output)));
+    if (py::isinstance<py::bytes>(object)) {
+      target.file = io::File::open_for_writing(std::string(py::reinterpret_borrow<py::bytes>(object)));
       sizes.push_back(target.file.size());
     } else {
-      bound->memory.push_back(py::cast<py::buffer>(output).request(/*writable=*/true));
-      const py::buffer_info& info = bound->memory.back();
-      if (info.ndim != 1 || info.itemsize != 1 || (info.shape[0] > 1 && info.strides[0] != 1))
-        throw std::invalid_argument("output memory must be contiguous bytes");
+      const py::buffer_info& info = bound.bytes_of(object, true);
       target.memory = static_cast<std::byte*>(info.ptr);
       sizes.push_back(info.shape[0]);
     }
     targets.push_back(std::move(target));
   }
+  return targets;
+}
+
+std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t tensors, std::size_t units,
+                                         const py::list& inputs, const py::list& outputs, int threads,
+                                         std::size_t slot_bytes, const std::optional<std::string>& isa) {
+  auto bound = std::make_unique<BoundEngine>();
+  std::vector<std::int64_t> sizes;
+  std::vector<io::Input> sources = inputs_of(inputs, *bound);
+  std::vector<io::Target> targets = targets_of(outputs, *bound, sizes);
+  const auto column = [&](const char* name) { return py::cast<py::buffer>(columns[name]); };
+  io::Work work;
+  work.spans = rows_of<io::Span>(column("spans"), "spans");
+  work.terms = rows_of<io::TermRef>(column("terms"), "terms");
+  work.tensors = tensors;
+  work.regions = rows_of<io::Region>(column("regions"), "regions");
+  work.region_terms = rows_of<io::RegionTerm>(column("region_terms"), "region_terms");
+  work.views = rows_of<io::View>(column("views"), "views");
+  work.recipes = rows_of<io::RecipeRow>(column("recipes"), "recipes");
+  work.units = units;
   io::Options options;
   options.threads = threads;
   options.slot_bytes = slot_bytes;
   options.isa = isa_of(isa);
-  bound->engine = std::make_unique<io::Engine>(
-      io::Work{rows_of<io::Span>(spans, "spans"), rows_of<io::TermRef>(terms, "terms"), tensors},
-      std::vector<std::string>(inputs.begin(), inputs.end()), std::move(targets), sizes, options);
+  bound->engine = std::make_unique<io::Engine>(std::move(work), std::move(sources), std::move(targets), sizes, options);
   return bound;
 }
 
@@ -69,6 +104,20 @@ py::list counts_of(const std::vector<Counts>& counts) {
     const Counts& c = counts[i];
     if (c.nan + c.inf + c.overflow) rows.append(py::make_tuple(i, c.nan, c.inf, c.overflow));
   }
+  return rows;
+}
+
+py::list losses_of(const std::vector<io::Loss>& losses) {
+  py::list rows;
+  for (std::size_t i = 0; i < losses.size(); ++i)
+    if (losses[i].value_squared > 0.0 || losses[i].error_squared > 0.0)
+      rows.append(py::make_tuple(i, losses[i].error_squared, losses[i].value_squared));
+  return rows;
+}
+
+py::list measured_of(const std::vector<io::Measured>& measured) {
+  py::list rows;
+  for (const io::Measured& unit : measured) rows.append(py::make_tuple(unit.amax, unit.touched));
   return rows;
 }
 
@@ -87,10 +136,16 @@ void translate(std::exception_ptr error) {
 
 void bind_engine(py::module_& module) {
   py::register_local_exception_translator(&translate);
-  module.attr("SPAN_BYTES") = sizeof(io::Span);
-  module.attr("TERM_BYTES") = sizeof(io::TermRef);
+  py::dict row_bytes;
+  row_bytes["spans"] = sizeof(io::Span);
+  row_bytes["terms"] = sizeof(io::TermRef);
+  row_bytes["regions"] = sizeof(io::Region);
+  row_bytes["region_terms"] = sizeof(io::RegionTerm);
+  row_bytes["views"] = sizeof(io::View);
+  row_bytes["recipes"] = sizeof(io::RecipeRow);
+  module.attr("ROW_BYTES") = row_bytes;
   py::class_<BoundEngine>(module, "Engine")
-      .def(py::init(&make_engine), py::kw_only(), py::arg("spans"), py::arg("terms"), py::arg("tensors"),
+      .def(py::init(&make_engine), py::kw_only(), py::arg("columns"), py::arg("tensors"), py::arg("units"),
            py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
       .def("start", [](BoundEngine& self) { self.engine->start(); })
       .def("stop", [](BoundEngine& self) { self.engine->stop(); })
@@ -103,12 +158,12 @@ void bind_engine(py::module_& module) {
              return py::make_tuple(progress.bytes_read, progress.bytes_written);
            })
       .def("finish", [](BoundEngine& self) {
-        const std::vector<Counts>* counts = nullptr;
+        const io::Results* results = nullptr;
         {
           py::gil_scoped_release release;
-          counts = &self.engine->finish();
+          results = &self.engine->finish();
         }
-        return counts_of(*counts);
+        return py::make_tuple(counts_of(results->counts), losses_of(results->losses), measured_of(results->measured));
       });
 }
 

@@ -6,17 +6,28 @@ A *span* is a run of consecutive elements of one output tensor that are all comp
 
 with the K terms in ``terms[first_term : first_term + n_terms]``. K = 0 and equal dtypes is a copy. A file number of −1
 stands for an operand of zeros (vocabulary rows that a checkpoint lacks). Most tensors are one span.
+
+A *region* is the same for a matrix of which some operand, or the output, is quantised: its operands are *views*, planes
+of codes with a grid of scales, and its output a plane of codes and one of scales, made by a recipe.
+
+A *unit* is all that shares one scale of a whole tensor. Its scale is known only after a pass that measures it; what then
+fills its outputs depends on whether any delta in it is not zero. ``Work.settled`` makes that choice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-# Layouts are those of `Span` and `TermRef` in csrc/io/work.hpp; the extension checks the item sizes and the bounds.
+from paramdelta.dtypes import BF16, F32, DType
+from paramdelta.formats import CODECS, RULES, Recipe
+
+# Layouts are those of csrc/io/work.hpp; the extension checks the item sizes and the bounds.
 SPAN = np.dtype(
     [
         ("out_offset", "<i8"),  # absolute byte offset in the output file
@@ -44,19 +55,196 @@ TERM = np.dtype(
         ("_pad", "V6"),
     ]
 )
+VIEW = np.dtype(
+    [
+        ("offset", "<i8"),  # of the codes; strides in bytes (of nibbles, a column is a pair)
+        ("row_stride", "<i8"),
+        ("col_stride", "<i8"),
+        ("scale_offset", "<i8"),
+        ("scale_row_stride", "<i8"),
+        ("scale_col_stride", "<i8"),
+        ("zero_offset", "<i8"),
+        ("zero_row_stride", "<i8"),
+        ("second_offset", "<i8"),
+        ("file", "<i4"),  # index into Work.inputs, −1: zeros
+        ("scale_file", "<i4"),  # −1: no scales
+        ("zero_file", "<i4"),
+        ("second_file", "<i4"),
+        ("grid_rows", "<u4"),  # elements that share a scale, 0: the whole extent
+        ("grid_cols", "<u4"),
+        ("row_phase", "<u4"),  # how far within a block the view begins
+        ("col_phase", "<u4"),
+        ("codec", "u1"),  # index into formats.CODECS
+        ("scale_dtype", "u1"),
+        ("second", "u1"),  # 0 none, 1 multiply, 2 divide
+        ("_pad", "V5"),
+    ]
+)
+REGION = np.dtype(
+    [
+        ("out_offset", "<i8"),
+        ("out_pitch", "<i8"),  # bytes from one row to the next
+        ("rows", "<i8"),
+        ("cols", "<i8"),
+        ("scale_out_offset", "<i8"),
+        ("scale_out_row_stride", "<i8"),
+        ("scale_out_col_stride", "<i8"),
+        ("given_offset", "<i8"),
+        ("second_offset", "<i8"),
+        ("tensor", "<i4"),  # the output tensor of the codes
+        ("out_file", "<i4"),  # −1: nobody wants the codes
+        ("scale_out_file", "<i4"),  # −1: no scales, or nobody wants them
+        ("given_file", "<i4"),  # where the one scale of the whole tensor lies, −1: scales follow from units
+        ("second_file", "<i4"),
+        ("recipe", "<i4"),  # index into Work.recipes, −1: plain output
+        ("new_view", "<i4"),
+        ("first_term", "<i4"),
+        ("n_terms", "<i4"),
+        ("unit", "<i4"),  # −1: none
+        ("grid_rows", "<u4"),
+        ("grid_cols", "<u4"),
+        ("out_dtype", "u1"),
+        ("keep", "u1"),
+        ("measure", "u1"),
+        ("_pad", "V5"),
+    ]
+)
+REGION_TERM = np.dtype([("alpha", "<f8"), ("post_view", "<i4"), ("base_view", "<i4")])
+RECIPE = np.dtype(
+    [
+        ("largest", "<f4"),
+        ("floor", "<f4"),
+        ("zero", "<f4"),
+        ("codec", "u1"),
+        ("scale_dtype", "u1"),
+        ("rule", "u1"),
+        ("reciprocal", "u1"),
+        ("values_bf16", "u1"),
+        ("_pad", "V3"),
+    ]
+)
+
+Rows = np.ndarray[Any, np.dtype[np.void]]
+_F32 = np.float32
+
+
+def no_rows(dtype: np.dtype[np.void]) -> Rows:
+    """Return an empty column."""
+    return np.zeros(0, dtype)
+
+
+def recipe_row(recipe: Recipe, scale: DType) -> tuple[Any, ...]:
+    """Return a recipe that stores scales of a type as a row of ``Work.recipes``."""
+    return (
+        recipe.largest,
+        recipe.floor,
+        recipe.zero,
+        CODECS.index(recipe.codec),
+        scale.code,
+        RULES.index(recipe.rule),
+        recipe.reciprocal,
+        recipe.values == "bf16",
+        b"",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedScale:
+    """The scale of a whole tensor, or of several: where its binary32 value and its stored bytes lie in the literals.
+
+    ``recipe`` gives it: amax / largest for a scale of its own, amax / 2688 or 2688 / amax for the second level of
+    NVFP4. ``kept``: whether an untouched unit may keep new_base's planes.
+    """
+
+    recipe: Recipe
+    dtype: DType
+    value_at: int
+    stored_at: tuple[int, ...]
+    kept: bool
+
+    def value(self, amax: float) -> np.float32:
+        """Return the scale for a unit's amax. All operations are binary32."""
+        largest = _F32(amax)
+        with np.errstate(all="ignore"):
+            if self.recipe.rule == "nv_multiply":
+                return largest / _F32(2688.0) if largest else _F32(1.0)
+            if self.recipe.rule == "nv_divide":
+                scale = _F32(2688.0) / max(largest, np.finfo(_F32).tiny)
+                return scale if np.isfinite(scale) else _F32(1.0)
+            scale = max(largest, _F32(self.recipe.floor)) / _F32(self.recipe.largest)
+        return scale if scale else _F32(self.recipe.zero)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Columns of spans and terms, and the files they refer to.
+    """Columns of spans, regions and what they refer to, and the files.
 
-    ``inputs`` are the input files by number; ``outputs`` the output files by number, as (name, size in bytes);
-    ``headers`` the bytes each output file starts with. ``spans`` is sorted by (out_file, out_offset) and covers every
-    byte behind the headers exactly once.
+    ``inputs`` are the input files by number, the last of which may be ``literals``, bytes in memory; ``outputs`` the
+    output files by number, as (name, size in bytes); ``headers`` the bytes each output file starts with. ``spans`` is
+    sorted by (out_file, out_offset). Together, spans and regions cover every byte behind the headers exactly once.
+
+    ``span_units`` and ``span_kept`` say of each span which unit it waits for (−1: none) and whether it is the choice for
+    an untouched unit; regions with a unit are the choice for a touched one. ``measures`` are the regions of the pass
+    that comes first.
     """
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[Path | bytearray, ...]
     outputs: tuple[tuple[str, int], ...]
     headers: tuple[bytes, ...]
-    spans: np.ndarray[Any, np.dtype[np.void]]
-    terms: np.ndarray[Any, np.dtype[np.void]]
+    spans: Rows
+    terms: Rows
+    regions: Rows = field(default_factory=lambda: no_rows(REGION))
+    region_terms: Rows = field(default_factory=lambda: no_rows(REGION_TERM))
+    views: Rows = field(default_factory=lambda: no_rows(VIEW))
+    recipes: Rows = field(default_factory=lambda: no_rows(RECIPE))
+    scale_tensors: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # of each region, −1: none
+    units: tuple[SharedScale, ...] = ()
+    span_units: NDArray[np.int64] | None = None
+    span_kept: NDArray[np.bool_] | None = None
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether units must be measured before this work can be carried out."""
+        return bool(self.units)
+
+    def measuring(self) -> Work:
+        """Return the work of the pass that measures: regions of units, and no output."""
+        chosen = self.regions[self.regions["unit"] >= 0].copy()
+        chosen["measure"], chosen["out_file"], chosen["scale_out_file"] = 1, -1, -1
+        return replace(self, spans=self.spans[:0], regions=chosen, outputs=(), headers=())
+
+    def settled(self, measured: Sequence[tuple[float, bool]]) -> Work:
+        """Return the work that is left when every unit's (amax, touched) is known."""
+        if not self.units:
+            return self
+        literals = self.inputs[-1]
+        assert isinstance(literals, bytearray)
+        kept = np.zeros(len(self.units) + 1, bool)  # the last: of what waits for no unit
+        for number, (unit, (amax, touched)) in enumerate(zip(self.units, measured, strict=True)):
+            kept[number] = unit.kept and not touched
+            value = unit.value(amax)
+            if unit.dtype == BF16:
+                value = _rounded_to_bf16(value)
+            literals[unit.value_at : unit.value_at + 4] = value.tobytes()
+            for at in unit.stored_at:
+                stored = value.tobytes() if unit.dtype == F32 else value.tobytes()[2:]
+                literals[at : at + len(stored)] = stored
+        assert self.span_units is not None
+        assert self.span_kept is not None
+        chosen = (self.span_units < 0) | (kept[self.span_units] == self.span_kept)
+        regions = self.regions[~kept[self.regions["unit"]]]
+        return replace(
+            self,
+            spans=self.spans[chosen],
+            regions=regions,
+            scale_tensors=self.scale_tensors[~kept[self.regions["unit"]]],
+            units=(),
+            span_units=None,
+            span_kept=None,
+        )
+
+
+def _rounded_to_bf16(value: np.float32) -> np.float32:
+    bits = int(value.view(np.uint32))
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return np.uint32(rounded).view(np.float32)

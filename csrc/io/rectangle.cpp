@@ -1,0 +1,318 @@
+// Reads planes of codes and scales by rows, in one call where rows follow each other closely; planes that are stored
+// the other way round are read by columns and turned in memory, so that kernels meet rows only.
+#include "io/rectangle.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace paramdelta::io {
+
+// Items of a plane in a file: (r, c) at offset + r · row_stride + c · col_stride.
+struct Strided {
+  std::int32_t file;
+  std::int64_t offset, rows, row_stride, cols, col_stride;
+  std::size_t item;
+};
+
+struct Rectangle::Plane {
+  const std::byte* data = nullptr;
+  std::ptrdiff_t pitch = 0;  // bytes
+};
+
+namespace {
+
+constexpr std::size_t kLine = 64;
+// Keeps planes of equal length from starting at equal offsets within their pages (see slot.cpp).
+constexpr std::size_t kStagger = 1024 + kLine;
+
+bool by_columns(const Strided& from) {
+  return from.cols > 1 && from.col_stride != static_cast<std::int64_t>(from.item);
+}
+
+// Whether lines of `length` bytes, `stride` apart, are read in one call, with what lies between them.
+bool in_one(std::int64_t length, std::int64_t stride) { return stride <= 2 * length; }
+
+std::size_t bytes_read(std::int64_t lines, std::int64_t length, std::int64_t stride) {
+  return static_cast<std::size_t>(lines * (in_one(length, stride) ? std::max(stride, length) : length));
+}
+
+std::size_t memory_for(const Strided& from) {
+  if (from.rows == 0 || from.cols == 0) return 0;
+  const auto item = static_cast<std::int64_t>(from.item);
+  const std::size_t packed = static_cast<std::size_t>(from.rows * from.cols) * from.item;
+  if (by_columns(from)) return packed + bytes_read(from.cols, from.rows * item, from.col_stride) + 2 * kStagger;
+  return bytes_read(from.rows, from.cols * item, from.row_stride) + kStagger;
+}
+
+Strided codes_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
+  const int bits = bits_of(static_cast<Codec>(view.codec));
+  const bool nibbles = bits == 4;
+  const std::int64_t first = nibbles ? col / 2 : col;
+  return {view.file,
+          view.offset + row * view.row_stride + first * view.col_stride,
+          rows,
+          view.row_stride,
+          nibbles ? (cols + 1) / 2 : cols,
+          view.col_stride,
+          nibbles ? 1 : static_cast<std::size_t>(bits / 8)};
+}
+
+// The block that an element lies in, and how far in.
+struct Place {
+  std::int64_t block;
+  std::uint32_t phase;
+};
+Place place_in(std::int64_t at, std::uint32_t phase, std::uint32_t block) {
+  if (block == 0) return {0, 0};
+  const std::int64_t element = at + phase;
+  return {element / block, static_cast<std::uint32_t>(element % block)};
+}
+
+Strided scales_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
+  const Place r = place_in(row, view.row_phase, view.grid_rows), c = place_in(col, view.col_phase, view.grid_cols);
+  return {view.scale_file,
+          view.scale_offset + r.block * view.scale_row_stride + c.block * view.scale_col_stride,
+          grid_count(rows, r.phase, view.grid_rows),
+          view.scale_row_stride,
+          grid_count(cols, c.phase, view.grid_cols),
+          view.scale_col_stride,
+          size_of(static_cast<DType>(view.scale_dtype))};
+}
+
+// Words of zero points; their rows are counted in elements, eight to a word.
+Strided zeros_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
+  const std::int64_t first = (row + view.row_phase) / 8;
+  const Place c = place_in(col, view.col_phase, view.grid_cols);
+  return {view.zero_file,
+          view.zero_offset + first * view.zero_row_stride + c.block * 4,
+          (row + view.row_phase + rows + 7) / 8 - first,
+          view.zero_row_stride,
+          grid_count(cols, c.phase, view.grid_cols),
+          4,
+          4};
+}
+
+std::size_t memory_for(const View& view, std::int64_t rows, std::int64_t cols) {
+  std::size_t bytes = 0;
+  if (view.file != kZeros) bytes += memory_for(codes_of(view, 0, rows, 0, cols));
+  // Wherever a piece starts within a block, it touches at most one more.
+  if (view.scale_file != kAbsent) {
+    Strided scales = scales_of(view, 0, rows, 0, cols);
+    scales.rows += 1;
+    scales.cols += 1;
+    bytes += memory_for(scales);
+  }
+  if (view.zero_file != kAbsent) {
+    Strided zeros = zeros_of(view, 0, rows + 8, 0, cols);
+    zeros.cols += 1;
+    bytes += memory_for(zeros);
+  }
+  return bytes;
+}
+
+const RecipeRow* recipe_of(const Work& work, const Region& region) {
+  return region.recipe < 0 ? nullptr : &work.recipes[static_cast<std::size_t>(region.recipe)];
+}
+
+std::size_t scale_item(const RecipeRow& recipe) { return size_of(static_cast<DType>(recipe.scale_dtype)); }
+
+void turn(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows, std::int64_t cols,
+          std::size_t item) {
+  constexpr std::int64_t kTile = 32;  // of elements: lines of both sides stay in the first-level cache
+  for (std::int64_t r0 = 0; r0 < rows; r0 += kTile)
+    for (std::int64_t c0 = 0; c0 < cols; c0 += kTile)
+      for (std::int64_t c = c0; c < std::min(cols, c0 + kTile); ++c)
+        for (std::int64_t r = r0; r < std::min(rows, r0 + kTile); ++r)
+          std::memcpy(to + static_cast<std::size_t>(r * cols + c) * item,
+                      from + c * stride + r * static_cast<std::int64_t>(item), item);
+}
+
+}  // namespace
+
+Unit unit_of(const Work& work, const Region& region) {
+  const RecipeRow* recipe = recipe_of(work, region);
+  if (recipe == nullptr || region.measure || region.given_file != kAbsent)
+    return {1, std::min<std::int64_t>(region.cols, 256)};
+  return {region.grid_rows ? std::min<std::int64_t>(region.grid_rows, region.rows) : region.rows,
+          region.grid_cols ? std::min<std::int64_t>(region.grid_cols, region.cols) : region.cols};
+}
+
+std::size_t Rectangle::bytes_for(const Work& work, const Region& region, std::int64_t rows, std::int64_t cols) {
+  const auto view = [&](std::int32_t number) {
+    return memory_for(work.views[static_cast<std::size_t>(number)], rows, cols);
+  };
+  std::size_t bytes = view(region.new_view) + 2 * kStagger;
+  for (std::int32_t t = 0; t < region.n_terms; ++t) {
+    const RegionTerm& term = work.region_terms[static_cast<std::size_t>(region.first_term + t)];
+    bytes += view(term.post_view) + view(term.base_view);
+  }
+  if (region.measure) return bytes;
+  bytes += static_cast<std::size_t>(rows * work.out_bytes(region, cols)) + kStagger;
+  if (const RecipeRow* recipe = recipe_of(work, region))
+    bytes += static_cast<std::size_t>(grid_count(rows, 0, region.grid_rows) * grid_count(cols, 0, region.grid_cols)) *
+                 scale_item(*recipe) +
+             kStagger;
+  return bytes;
+}
+
+std::byte* Rectangle::take(std::size_t bytes) {
+  const auto at = reinterpret_cast<std::uintptr_t>(free_) + kStagger;
+  std::byte* to = free_ + kStagger - at % kLine;
+  free_ = to + bytes;
+  if (free_ > memory_ + bytes_)
+    throw std::logic_error("a piece outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
+  return to;
+}
+
+Rectangle::Plane Rectangle::load(const std::vector<Input>& inputs, const Strided& from) {
+  const Input& input = inputs[static_cast<std::size_t>(from.file)];
+  const bool turned = by_columns(from);
+  const auto item = static_cast<std::int64_t>(from.item);
+  const std::int64_t lines = turned ? from.cols : from.rows;
+  const std::int64_t length = (turned ? from.rows : from.cols) * item;
+  std::int64_t stride = turned ? from.col_stride : from.row_stride;
+  const bool once = in_one(length, stride);
+  const std::int64_t pitch = once ? stride : length;
+  const auto total = static_cast<std::size_t>((lines - 1) * pitch + length);
+  std::byte* to = take(total);
+  if (once)
+    input.read_at(to, total, from.offset);
+  else
+    for (std::int64_t line = 0; line < lines; ++line)
+      input.read_at(to + line * pitch, static_cast<std::size_t>(length), from.offset + line * stride);
+  read_ += total;
+  if (!turned) return {to, static_cast<std::ptrdiff_t>(pitch)};
+  std::byte* rows = take(static_cast<std::size_t>(from.rows * from.cols) * from.item);
+  turn(to, pitch, rows, from.rows, from.cols, from.item);
+  return {rows, static_cast<std::ptrdiff_t>(from.cols * item)};
+}
+
+float Rectangle::load_float(const std::vector<Input>& inputs, std::int32_t file, std::int64_t offset) {
+  float value;
+  inputs[static_cast<std::size_t>(file)].read_at(&value, sizeof(value), offset);
+  read_ += sizeof(value);
+  return value;
+}
+
+void Rectangle::load_scales(const std::vector<Input>& inputs, const View& view, Scales& scales) {
+  const Strided from = scales_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols);
+  const Plane plane = load(inputs, from);
+  scales.data = plane.data;
+  scales.dtype = static_cast<DType>(view.scale_dtype);
+  scales.pitch = plane.pitch / static_cast<std::ptrdiff_t>(from.item);
+  scales.rows = view.grid_rows;
+  scales.cols = view.grid_cols;
+  scales.row_phase = place_in(piece_.row, view.row_phase, view.grid_rows).phase;
+  scales.col_phase = place_in(piece_.col, view.col_phase, view.grid_cols).phase;
+  if (view.second_file != kAbsent) {
+    scales.second = static_cast<Second>(view.second);
+    scales.second_value = load_float(inputs, view.second_file, view.second_offset);
+  }
+  if (view.zero_file == kAbsent) return;
+  const Plane zeros = load(inputs, zeros_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols));
+  scales.zero_points = zeros.data;
+  scales.zero_pitch = zeros.pitch / 4;
+  scales.zero_phase = static_cast<std::uint32_t>((piece_.row + view.row_phase) % 8);
+}
+
+Matrix Rectangle::load_view(const std::vector<Input>& inputs, std::int32_t number) {
+  const View& view = work_.views[static_cast<std::size_t>(number)];
+  Matrix matrix;
+  matrix.codec = static_cast<Codec>(view.codec);
+  if (view.file == kZeros) return matrix;
+  const Plane codes = load(inputs, codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols));
+  matrix.data = codes.data;
+  matrix.pitch = codes.pitch;
+  if (view.scale_file != kAbsent) load_scales(inputs, view, matrix.scales);
+  return matrix;
+}
+
+void Rectangle::prepare_output(const std::vector<Input>& inputs) {
+  const Region& at = region();
+  const std::int64_t row_bytes = work_.out_bytes(at, piece_.cols);
+  job_.out = take(static_cast<std::size_t>(piece_.rows * row_bytes));
+  job_.out_pitch = static_cast<std::ptrdiff_t>(row_bytes);
+  job_.out_dtype = static_cast<DType>(at.out_dtype);
+  const RecipeRow* recipe = recipe_of(work_, at);
+  if (recipe == nullptr) return;
+  const std::int64_t cols = grid_count(piece_.cols, 0, at.grid_cols);
+  job_.out_scales =
+      take(static_cast<std::size_t>(grid_count(piece_.rows, 0, at.grid_rows) * cols) * scale_item(*recipe));
+  job_.out_scale_pitch = static_cast<std::ptrdiff_t>(cols);
+  if (at.second_file != kAbsent) job_.second_value = load_float(inputs, at.second_file, at.second_offset);
+  if (at.given_file == kAbsent) return;
+  job_.given = true;
+  job_.given_scale = load_float(inputs, at.given_file, at.given_offset);
+}
+
+std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs) {
+  piece_ = piece;
+  free_ = memory_;
+  read_ = 0;
+  const Region& at = region();
+  job_ = {};
+  job_.rows = static_cast<std::size_t>(piece.rows);
+  job_.cols = static_cast<std::size_t>(piece.cols);
+  job_.grid_rows = at.grid_rows;
+  job_.grid_cols = at.grid_cols;
+  job_.keep = static_cast<Keep>(at.keep);
+  if (const RecipeRow* row = recipe_of(work_, at)) {
+    job_.quantised = true;
+    job_.recipe = {static_cast<Codec>(row->codec),
+                   static_cast<DType>(row->scale_dtype),
+                   static_cast<ScaleRule>(row->rule),
+                   row->reciprocal != 0,
+                   row->values_bf16 != 0,
+                   row->largest,
+                   row->floor,
+                   row->zero};
+  }
+  if (!at.measure) prepare_output(inputs);
+  terms_.clear();
+  for (std::int32_t t = 0; t < at.n_terms; ++t) {
+    const RegionTerm& term = work_.region_terms[static_cast<std::size_t>(at.first_term + t)];
+    terms_.push_back({load_view(inputs, term.post_view), load_view(inputs, term.base_view), term.alpha});
+  }
+  job_.new_base = load_view(inputs, at.new_view);
+  job_.terms = terms_.data();
+  job_.n_terms = terms_.size();
+  return read_;
+}
+
+std::size_t Rectangle::drain(const std::vector<Target>& outputs) const {
+  const Region& at = region();
+  if (at.measure) return 0;
+  std::size_t written = 0;
+  const auto write = [&](std::int32_t file, const void* data, std::int64_t offset, std::int64_t rows,
+                         std::int64_t stride, std::int64_t length) {
+    const Target& target = outputs[static_cast<std::size_t>(file)];
+    const auto* from = static_cast<const std::byte*>(data);
+    if (stride == length || rows == 1) {
+      target.write_at(from, static_cast<std::size_t>(rows * length), offset);
+    } else {
+      for (std::int64_t r = 0; r < rows; ++r)
+        target.write_at(from + r * length, static_cast<std::size_t>(length), offset + r * stride);
+    }
+    written += static_cast<std::size_t>(rows * length);
+  };
+  if (at.out_file != kAbsent)
+    write(at.out_file, job_.out, at.out_offset + piece_.row * at.out_pitch + work_.out_bytes(at, piece_.col),  //
+          piece_.rows, at.out_pitch, job_.out_pitch);
+  const RecipeRow* recipe = recipe_of(work_, at);
+  if (recipe == nullptr || at.scale_out_file == kAbsent || job_.given) return written;
+  const auto item = static_cast<std::int64_t>(scale_item(*recipe));
+  const std::int64_t rows = grid_count(piece_.rows, 0, at.grid_rows), cols = job_.out_scale_pitch;
+  const std::int64_t offset = at.scale_out_offset +
+                              (at.grid_rows ? piece_.row / at.grid_rows : 0) * at.scale_out_row_stride +
+                              (at.grid_cols ? piece_.col / at.grid_cols : 0) * at.scale_out_col_stride;
+  if (at.scale_out_col_stride == item || cols == 1)
+    write(at.scale_out_file, job_.out_scales, offset, rows, at.scale_out_row_stride, cols * item);
+  else
+    for (std::int64_t r = 0; r < rows; ++r)
+      write(at.scale_out_file, static_cast<const std::byte*>(job_.out_scales) + r * cols * item,
+            offset + r * at.scale_out_row_stride, cols, at.scale_out_col_stride, item);
+  return written;
+}
+
+}  // namespace paramdelta::io

@@ -1,0 +1,61 @@
+// A rectangle: a piece of a quantised matrix that a slot's memory carries from read through compute to write.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "core/scaled.hpp"
+#include "io/file.hpp"
+#include "io/work.hpp"
+
+namespace paramdelta::io {
+
+// Rows row … row + rows − 1 and columns col … col + cols − 1 of a region.
+struct Piece {
+  std::size_t region = 0;
+  std::int64_t row = 0, rows = 0, col = 0, cols = 0;
+};
+
+// The smallest piece of a region that can be computed by itself: a unit of the output's grid, or next to nothing where
+// no scale has to be found.
+struct Unit {
+  std::int64_t rows, cols;
+};
+Unit unit_of(const Work& work, const Region& region);
+
+class Rectangle {
+ public:
+  // `memory` (`bytes` long, page-aligned) belongs to the caller and outlives the object.
+  Rectangle(const Work& work, std::byte* memory, std::size_t bytes) : work_(work), memory_(memory), bytes_(bytes) {}
+
+  // Bytes of memory that `rows` × `cols` elements of a region take at most.
+  static std::size_t bytes_for(const Work& work, const Region& region, std::int64_t rows, std::int64_t cols);
+
+  // Reads the operands of a piece. Returns the bytes read.
+  std::size_t fill(const Piece& piece, const std::vector<Input>& inputs);
+  const ScaledMerge& job() const { return job_; }
+  const Region& region() const { return work_.regions[piece_.region]; }
+  // Writes codes and scales. Returns their bytes.
+  std::size_t drain(const std::vector<Target>& outputs) const;
+
+ private:
+  struct Plane;
+  std::byte* take(std::size_t bytes);
+  Plane load(const std::vector<Input>& inputs, const struct Strided& from);
+  Matrix load_view(const std::vector<Input>& inputs, std::int32_t number);
+  void load_scales(const std::vector<Input>& inputs, const View& view, Scales& scales);
+  float load_float(const std::vector<Input>& inputs, std::int32_t file, std::int64_t offset);
+  void prepare_output(const std::vector<Input>& inputs);
+
+  const Work& work_;
+  std::byte* const memory_;
+  const std::size_t bytes_;
+  std::byte* free_ = nullptr;
+  Piece piece_;
+  ScaledMerge job_;
+  std::vector<MatrixTerm> terms_;
+  std::size_t read_ = 0;
+};
+
+}  // namespace paramdelta::io
