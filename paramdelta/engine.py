@@ -275,7 +275,9 @@ def _unit_bytes(work: Work) -> int:
     per_element = np.full(len(regions), 16) + bits[work.views["codec"][regions["new_view"]]]
     terms = work.region_terms
     of_terms = np.zeros(len(terms) + 1, np.int64)
-    of_terms[1:] = np.cumsum(bits[work.views["codec"][terms["post_view"]]] + bits[work.views["codec"][terms["base_view"]]])
+    of_terms[1:] = np.cumsum(
+        bits[work.views["codec"][terms["post_view"]]] + bits[work.views["codec"][terms["base_view"]]]
+    )
     per_element += of_terms[regions["first_term"] + regions["n_terms"]] - of_terms[regions["first_term"]]
     whole = np.where((regions["recipe"] >= 0) & (regions["given_file"] < 0), regions["rows"], 1)
     rows = np.where(regions["grid_rows"] > 0, np.minimum(regions["grid_rows"], regions["rows"]), whole)

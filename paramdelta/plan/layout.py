@@ -18,41 +18,49 @@ from numpy.typing import NDArray
 from paramdelta.checkpoint import SINGLE, Checkpoint, TensorTable
 from paramdelta.checkpoint.header import format_header
 from paramdelta.dtypes import BY_NAME, DTYPES, DType
+from paramdelta.plan.choice import Stored
+from paramdelta.plan.naming import Names
+from paramdelta.plan.outputs import Making, Outputs, make_outputs
 from paramdelta.plan.pairing import NONE, Kind, Pairing
+from paramdelta.plan.regions import Copy, Place, RegionMaker
 from paramdelta.plan.request import MergeRequest
 from paramdelta.plan.work import SPAN, TERM, Work
 
 _RAW = BY_NAME["u8"].code
 _ZEROS = -1
-_BITS = np.array([d.bits for d in DTYPES], np.int64)
-_MERGES = np.array([d.merges for d in DTYPES])
 
 Column = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The three tables and where their files begin in the common list of input files."""
+    """The three checkpoints' weights by name, and where their files begin in the common list of input files."""
 
-    post: Checkpoint
-    base: Checkpoint
-    new_base: Checkpoint
+    post: Names
+    base: Names
+    new_base: Names
+
+    def by_role(self) -> dict[str, Names]:
+        """Return the three by role, in the order of their files."""
+        return {"post": self.post, "base": self.base, "new_base": self.new_base}
 
     def inputs(self) -> tuple[Path, ...]:
         """Return all input files: post's, base's, new_base's."""
-        return tuple(f.path for c in (self.post, self.base, self.new_base) for f in c.files)
+        return tuple(f.path for names in self.by_role().values() for f in names.checkpoint.files)
 
-    def first_file(self, role: str) -> int:
-        """Return the number of a role's first file."""
-        before = {"post": (), "base": (self.post,), "new_base": (self.post, self.base)}[role]
-        return sum(len(c.files) for c in before)
+    def first_files(self) -> dict[str, int]:
+        """Return the number of each role's first file."""
+        counts = [len(names.checkpoint.files) for names in self.by_role().values()]
+        return dict(zip(self.by_role(), [0, counts[0], counts[0] + counts[1]], strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The output's tensors (columns in the order of the files) and the work that makes them."""
+    """The output's tensors (columns in the order of the files) and the work that makes them. ``outputs`` are the same
+    tensors in the order of the pairing, ``order`` their numbers there."""
 
-    order: Column  # row of the pairing that output tensor i is
+    outputs: Outputs
+    order: Column
     dtypes: Column  # DType codes
     nbytes: Column
     files: Column  # output file of tensor i
@@ -60,27 +68,80 @@ class Layout:
     index: bytes | None
 
 
-def lay_out(request: MergeRequest, pairing: Pairing, tables: Tables) -> Layout:
+def lay_out(
+    request: MergeRequest, pairing: Pairing, stored: Stored, tables: Tables, statistics: list[tuple[str, int]]
+) -> Layout:
     """Lay out the output of a pairing. Raises CheckpointError where a header would break the format's limits."""
-    dtypes = _output_dtypes(request, pairing, tables)
-    elements = np.array([math.prod(shape) for shape in pairing.shapes], np.int64)
-    nbytes = elements * _BITS[dtypes] // 8
-    files, order, file_names = _assign(request, pairing, tables, nbytes)
-    headers, offsets = _headers(pairing, tables, order, files, dtypes, file_names)
+    outputs = make_outputs(pairing, stored, tables.by_role(), statistics)
+    dtypes = np.array(outputs.dtypes, np.uint8)
+    elements, nbytes = outputs.elements(), outputs.nbytes()
+    files, order, file_names = _assign(request, outputs, tables, nbytes)
+    headers, offsets = _headers(outputs, tables, order, files, dtypes, file_names)
     sizes = [len(header) + int(nbytes[order[files == i]].sum()) for i, header in enumerate(headers)]
-    spans, terms = _work(pairing, tables, order, files, offsets, dtypes, elements, nbytes)
+    spans, terms = _spans(pairing, outputs, tables, order, files, offsets, dtypes, elements, nbytes)
+    places = _places(order, files, offsets)
+    inputs = tables.inputs()
+    maker = RegionMaker(
+        pairing,
+        outputs,
+        stored.formats,
+        tables.by_role(),
+        places,
+        tables.first_files(),
+        len(inputs),
+        keep=request.scale_policy == "keep",
+    )
+    made = maker.run()
+    spans, units, kept = _with_copies(spans, made.copies)
     work = Work(
-        inputs=tables.inputs(),
+        inputs=(*inputs, made.literals) if made.literals else inputs,
         outputs=tuple(zip(file_names, sizes, strict=True)),
         headers=tuple(headers),
         spans=spans,
         terms=terms,
+        **made.columns(),
+        scale_tensors=np.array(made.scale_tensors, np.int64),
+        units=tuple(made.units),
+        span_units=units,
+        span_kept=kept,
     )
     index = None
     if file_names != [SINGLE]:
-        names = [pairing.names[i] for i in order]
-        index = _index(tables.new_base, names, files, file_names, int(nbytes.sum()), int(elements.sum()))
-    return Layout(order=order, dtypes=dtypes[order], nbytes=nbytes[order], files=files, work=work, index=index)
+        names = [outputs.names[i] for i in order]
+        parameters = sum(math.prod(shape) for shape in pairing.shapes)
+        index = _index(tables.new_base.checkpoint, names, files, file_names, int(nbytes.sum()), parameters)
+    return Layout(
+        outputs=outputs, order=order, dtypes=dtypes[order], nbytes=nbytes[order], files=files, work=work, index=index
+    )
+
+
+def _places(order: Column, files: Column, offsets: Column) -> list[Place]:
+    """Return where each tensor lies, in the order of the pairing."""
+    places = [Place(0, 0, 0)] * len(order)
+    for tensor, (i, file, offset) in enumerate(zip(order.tolist(), files.tolist(), offsets.tolist(), strict=True)):
+        places[i] = Place(tensor, file, offset)
+    return places
+
+
+def _with_copies(spans: Column, copies: list[Copy]) -> tuple[Column, Column, Column]:
+    """Add spans for copied bytes; return all in order, the unit each waits for, and whether it is for an untouched
+    unit."""
+    extra = np.zeros(len(copies), SPAN)
+    extra["out_dtype"] = extra["new_dtype"] = _RAW
+    for column, value in (
+        ("tensor", [c.place.tensor for c in copies]),
+        ("out_file", [c.place.file for c in copies]),
+        ("out_offset", [c.place.offset for c in copies]),
+        ("new_file", [c.file for c in copies]),
+        ("new_offset", [c.offset for c in copies]),
+        ("count", [c.count for c in copies]),
+    ):
+        extra[column] = value
+    units = np.concatenate([np.full(len(spans), -1, np.int64), np.array([c.unit for c in copies], np.int64)])
+    kept = np.concatenate([np.zeros(len(spans), bool), np.array([c.kept for c in copies], bool)])
+    spans = np.concatenate([spans, extra])
+    order = np.lexsort((spans["out_offset"], spans["out_file"]))
+    return spans[order], units[order], kept[order]
 
 
 def _take(column: Column, rows: Column) -> Column:
@@ -90,42 +151,25 @@ def _take(column: Column, rows: Column) -> Column:
     return np.where(rows == NONE, np.zeros(1, column.dtype), column[np.where(rows == NONE, 0, rows)])
 
 
-def _output_dtypes(request: MergeRequest, pairing: Pairing, tables: Tables) -> Column:
-    new_rows, post_rows = np.array(pairing.new_base, np.int64), np.array(pairing.post, np.int64)
-    from_post = np.array(pairing.kinds, np.int64) == Kind.FROM_POST
-    dtypes = np.where(
-        from_post, _take(tables.post.tensors.dtype, post_rows), _take(tables.new_base.tensors.dtype, new_rows)
-    )
-    if request.dtype is not None:
-        dtypes = np.where(_MERGES[dtypes], request.dtype.code, dtypes)
-    return dtypes.astype(np.uint8)
-
-
 def _assign(
-    request: MergeRequest, pairing: Pairing, tables: Tables, nbytes: Column
+    request: MergeRequest, outputs: Outputs, tables: Tables, nbytes: Column
 ) -> tuple[Column, Column, list[str]]:
     """Return the file of each output tensor, the order of tensors, and the files' names."""
-    new_rows = np.array(pairing.new_base, np.int64)
     if request.max_shard_size is not None:
         return _split(nbytes, request.max_shard_size)
-    table = tables.new_base.tensors
+    checkpoint = tables.new_base.checkpoint
+    table = checkpoint.tensors
     # What only post has goes behind the last tensor of the last file.
-    last = len(tables.new_base.files) - 1
-    home = np.array(
-        [
-            row if row != NONE else table.rows.get(name, NONE)
-            for row, name in zip(new_rows.tolist(), pairing.names, strict=True)
-        ],
-        np.int64,
-    )
+    last = len(checkpoint.files) - 1
+    home = np.array(outputs.homes, np.int64)
     files = np.where(home == NONE, last, _take(table.file, home))
     position = np.where(home == NONE, np.iinfo(np.int64).max, _take(table.offset, home))
     order = np.lexsort((np.arange(len(files)), np.where(home == NONE, len(table), home), position, files))
     # Files whose tensors are all gone are left out.
     used, numbers = np.unique(files[order], return_inverse=True)
-    names = [tables.new_base.files[i].name for i in used]
+    names = [checkpoint.files[i].name for i in used]
     if not names:
-        names = [f.name for f in tables.new_base.files[:1]]
+        names = [f.name for f in checkpoint.files[:1]]
     return numbers.astype(np.int64), order, names
 
 
@@ -144,28 +188,30 @@ def _split(nbytes: Column, limit: int) -> tuple[Column, Column, list[str]]:
 
 
 def _headers(
-    pairing: Pairing, tables: Tables, order: Column, files: Column, dtypes: Column, file_names: list[str]
+    outputs: Outputs, tables: Tables, order: Column, files: Column, dtypes: Column, file_names: list[str]
 ) -> tuple[list[bytes], Column]:
     """Return the bytes each file starts with, and each output tensor's absolute offset in its file."""
-    metadata = {f.name: f.metadata for f in tables.new_base.files}
-    default = dict(tables.new_base.files[0].metadata) if tables.new_base.files else {}
+    stored = tables.new_base.checkpoint.files
+    metadata = {f.name: f.metadata for f in stored}
+    default = dict(stored[0].metadata) if stored else {}
     headers = []
     offsets = np.zeros(len(order), np.int64)
     for file, name in enumerate(file_names):
         members = np.flatnonzero(files == file)
         rows = order[members].tolist()
-        shapes = [pairing.shapes[i] for i in rows]
+        shapes = [outputs.shapes[i] for i in rows]
         types = [DTYPES[dtypes[i]] for i in rows]
         header, begins = format_header(
-            [pairing.names[i] for i in rows], types, shapes, metadata.get(name, default), subject=name
+            [outputs.names[i] for i in rows], types, shapes, metadata.get(name, default), subject=name
         )
         offsets[members] = begins + len(header)
         headers.append(header)
     return headers, offsets
 
 
-def _work(
+def _spans(
     pairing: Pairing,
+    outputs: Outputs,
     tables: Tables,
     order: Column,
     files: Column,
@@ -174,11 +220,24 @@ def _work(
     elements: Column,
     nbytes: Column,
 ) -> tuple[Column, Column]:
-    kinds = np.array(pairing.kinds, np.int64)[order]
-    alphas = np.array(pairing.alphas, np.float64)[order]
-    rows = {role: np.array(getattr(pairing, role), np.int64)[order] for role in ("post", "base", "new_base")}
+    """Return the spans and terms of plain tensors and of planes that are copied."""
+    logical, making = np.array(outputs.logical, np.int64)[order], np.array(outputs.making, np.int64)[order]
+    copied = making == Making.COPY
+    source = np.array(outputs.rows, np.int64)[order]
+
+    def of_pairing(values: list[Any], dtype: Any) -> Column:
+        column = np.array([*values, 0], dtype)  # the last: of what has no entry there
+        return column[logical]
+
+    kinds = of_pairing(pairing.kinds, np.int64)
+    alphas = of_pairing(pairing.alphas, np.float64)
+    rows = {role: of_pairing(getattr(pairing, role), np.int64) for role in ("post", "base", "new_base")}
+    from_donor_post = copied & (np.array(outputs.donors)[order] == "post")
+    rows["post"] = np.where(from_donor_post, source, rows["post"])
+    rows["new_base"] = np.where(copied & ~from_donor_post, source, rows["new_base"])
+    kinds = np.where(copied, np.where(from_donor_post, Kind.FROM_POST, Kind.FROM_NEW_BASE), kinds)
     from_post = kinds == Kind.FROM_POST
-    merged = (kinds == Kind.MERGED) & (alphas != 0.0)
+    merged = (kinds == Kind.MERGED) & (alphas != 0.0) & (making == Making.SPANS)
 
     spans = np.zeros(len(order), SPAN)
     spans["tensor"] = np.arange(len(order))
@@ -204,16 +263,17 @@ def _work(
     spans["n_terms"] = merged
     spans["first_term"] = np.where(merged, np.cumsum(merged) - 1, 0)
 
-    extended = np.flatnonzero(kinds == Kind.EXTENDED)
+    spans = spans[(making == Making.SPANS) | copied]
+    extended = np.flatnonzero(kinds[spans["tensor"]] == Kind.EXTENDED)
     if len(extended):
-        spans, terms = _with_extended(spans, terms, pairing, tables, order, extended)
+        spans, terms = _with_extended(spans, terms, pairing, tables, logical, extended)
     return spans[spans["count"] > 0], terms
 
 
 def _place(target: Column, prefix: str, tables: Tables, role: str, rows: Column) -> Column:
     """Fill the file, offset and dtype columns ``prefix_*`` with where ``rows`` of a role's table lie."""
-    table: TensorTable = getattr(tables, role).tensors
-    target[f"{prefix}_file"] = _take(table.file, rows) + tables.first_file(role)
+    table = tables.by_role()[role].checkpoint.tensors
+    target[f"{prefix}_file"] = _take(table.file, rows) + tables.first_files()[role]
     target[f"{prefix}_offset"] = _take(table.offset, rows)
     dtype = _take(table.dtype, rows)
     target[f"{prefix}_dtype"] = dtype
@@ -221,16 +281,16 @@ def _place(target: Column, prefix: str, tables: Tables, role: str, rows: Column)
 
 
 def _with_extended(
-    spans: Column, terms: Column, pairing: Pairing, tables: Tables, order: Column, extended: Column
+    spans: Column, terms: Column, pairing: Pairing, tables: Tables, logical: Column, extended: Column
 ) -> tuple[Column, Column]:
     """Replace the spans of tensors whose vocabularies differ by one span per run of rows that the same of the three
     have: what post lacks has no delta, what base or new_base lack counts as zeros."""
     extra_spans: list[Any] = []
     extra_terms: list[Any] = []
     for at in extended.tolist():
-        i = int(order[at])
+        i = int(logical[spans["tensor"][at]])
         rows = {"post": pairing.post[i], "base": pairing.base[i], "new_base": pairing.new_base[i]}
-        checkpoints = {role: getattr(tables, role).tensors for role in rows}
+        checkpoints = {role: tables.by_role()[role].checkpoint.tensors for role in rows}
         have = {role: checkpoints[role].shapes[row][0] for role, row in rows.items()}
         width = math.prod(pairing.shapes[i][1:])
         cuts = sorted({0, *have.values(), pairing.shapes[i][0]})

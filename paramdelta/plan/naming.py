@@ -6,8 +6,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from paramdelta.checkpoint import Checkpoint
+from paramdelta.checkpoint.weights import Quantisation, QuantisedWeight
+from paramdelta.dtypes import DType
 from paramdelta.errors import Complaint, shown
 from paramdelta.plan.request import Rename
 
@@ -19,10 +22,34 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Names:
-    """The tensors of one checkpoint by the names they are paired under. ``rows`` keeps the checkpoint's order."""
+    """The weights of one checkpoint by the names they are paired under, in the checkpoint's order.
+
+    ``rows`` are rows of the checkpoint's table: a tensor's own, or that of the codes of a quantised weight. Scales and
+    calibration statistics have no names here.
+    """
 
     checkpoint: Checkpoint
+    quantisation: Quantisation
     rows: dict[str, int]
+
+    @cached_property
+    def weights(self) -> dict[int, QuantisedWeight]:
+        """Quantised weights by the row of their codes."""
+        return {weight.codes: weight for weight in self.quantisation.weights.values()}
+
+    def shape(self, row: int) -> tuple[int, ...]:
+        """Return the shape of a weight in elements, however they are stored."""
+        weight = self.weights.get(row)
+        return self.checkpoint.tensors.shapes[row] if weight is None else weight.shape
+
+    def dtype(self, row: int) -> DType:
+        """Return the dtype that a tensor has in the file."""
+        return self.checkpoint.tensors.dtype_of(row)
+
+    def own_name(self, row: int) -> str:
+        """Return what the checkpoint itself calls a weight."""
+        weight = self.weights.get(row)
+        return self.checkpoint.tensors.names[row] if weight is None else weight.name
 
     @property
     def role(self) -> str:
@@ -48,27 +75,39 @@ def is_head(name: str) -> bool:
     return any(name == head or name.endswith(f".{head}") for head in HEADS)
 
 
-def renamed(checkpoint: Checkpoint, renames: Sequence[Rename], wrong: list[Complaint]) -> Names:
+def renamed(
+    checkpoint: Checkpoint, quantisation: Quantisation, renames: Sequence[Rename], wrong: list[Complaint]
+) -> Names:
     """Apply ``--rename-*`` to a checkpoint's names; two tensors that end up with one name are a complaint."""
+    own = _own_names(checkpoint, quantisation)
     if not renames:
-        return Names(checkpoint, checkpoint.tensors.rows)
+        return Names(checkpoint, quantisation, own)
     compiled = [(re.compile(r.pattern), r.replacement) for r in renames]
     rows: dict[str, int] = {}
     used = [False] * len(compiled)
     option = f"--rename-{checkpoint.role.replace('_', '-')}"
-    for row, name in enumerate(checkpoint.tensors.names):
+    for name, row in own.items():
         new = name
         for i, (pattern, replacement) in enumerate(compiled):
             new, count = pattern.subn(replacement, new)
             used[i] |= count > 0
         if new in rows:
-            first = checkpoint.tensors.names[rows[new]]
+            first = next(n for n, r in own.items() if r == rows[new])
             wrong.append(Complaint(option, f"{shown(first)} and {shown(name)} would both be called {shown(new)}"))
         rows.setdefault(new, row)
     for rename, hit in zip(renames, used, strict=True):
         if not hit:
             wrong.append(Complaint(option, f"{shown(repr(rename.pattern))} matches no tensor of {checkpoint.role}"))
-    return Names(checkpoint, rows)
+    return Names(checkpoint, quantisation, rows)
+
+
+def _own_names(checkpoint: Checkpoint, quantisation: Quantisation) -> dict[str, int]:
+    """Return the names of a checkpoint's weights and plain tensors, without the planes they are stored in."""
+    if not quantisation.parts and not quantisation.statistics:
+        return checkpoint.tensors.rows
+    logical = {weight.codes: weight.name for weight in quantisation.weights.values()}
+    hidden = quantisation.parts.union(quantisation.statistics).difference(logical)
+    return {logical.get(row, name): row for row, name in enumerate(checkpoint.tensors.names) if row not in hidden}
 
 
 def grouped(names: Iterable[str]) -> str:

@@ -65,6 +65,7 @@ class _Problems:
     extra: dict[str, list[str]] = field(default_factory=lambda: {role: [] for role in ROLES})
     shapes: list[str] = field(default_factory=list)
     vocab: list[str] = field(default_factory=list)
+    quantised_vocab: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     no_donor: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
@@ -87,8 +88,7 @@ class _Pairer:
 
     def pair(self, name: str, row: int) -> None:
         """Decide what happens to one tensor of new_base."""
-        table = self.new_base.checkpoint.tensors
-        shape = table.shapes[row]
+        shape = self.new_base.shape(row)
         post, base = self.find(self.post, name), self.find(self.base, name)
         if self.left_alone(name):
             self.converted(self.new_base, name, row)
@@ -108,8 +108,8 @@ class _Pairer:
 
     def converted(self, names: Names, name: str, row: int) -> None:
         """Note fp8 tensors that --dtype would turn into plain numbers although nothing is merged into them."""
-        dtype = names.checkpoint.tensors.dtype_of(row)
-        if dtype.merges and dtype.bits == 8 and self.request.dtype not in (None, dtype):
+        dtype = names.dtype(row)
+        if row not in names.weights and dtype.merges and dtype.bits == 8 and self.request.dtype not in (None, dtype):
             self.note_unscaled(name)
 
     def note_unscaled(self, name: str) -> None:
@@ -127,12 +127,16 @@ class _Pairer:
         return tied
 
     def paired(self, name: str, row: int, post: int, base: int) -> None:
-        tables = [n.checkpoint.tensors for n in (self.post, self.base, self.new_base)]
-        shapes = [t.shapes[r] for t, r in zip(tables, (post, base, row), strict=True)]
-        dtypes = [t.dtype_of(r) for t, r in zip(tables, (post, base, row), strict=True)]
-        if not all(d.merges for d in dtypes):
-            if not all(d.name in _INTEGERS for d in dtypes):
-                listed = ", ".join(f"{d.name} in {role}" for d, role in zip(dtypes, ROLES, strict=True))
+        operands = ((self.post, post), (self.base, base), (self.new_base, row))
+        shapes = [names.shape(r) for names, r in operands]
+        quantised = [r in names.weights for names, r in operands]
+        dtypes = [names.dtype(r) for names, r in operands]
+        if not all(d.merges or q for d, q in zip(dtypes, quantised, strict=True)):
+            if any(quantised) or not all(d.name in _INTEGERS for d in dtypes):
+                listed = ", ".join(
+                    f"{'quantised' if q else d.name} in {role}"
+                    for d, q, role in zip(dtypes, quantised, ROLES, strict=True)
+                )
                 self.problems.kinds.append(f"{shown(name)}: {listed}")
             elif shapes[0] == shapes[1] == shapes[2]:
                 self.result.add(name, Kind.FROM_NEW_BASE, shapes[2], row, NONE, NONE)
@@ -140,13 +144,15 @@ class _Pairer:
             else:
                 self.differs(name, row, post, shapes)
             return
-        if any(d.bits == 8 for d in dtypes):
+        if any(d.bits == 8 and not q for d, q in zip(dtypes, quantised, strict=True)):
             self.note_unscaled(name)
         alpha = self.alpha_of(name)
         if shapes[0] == shapes[1] == shapes[2]:
             self.result.add(name, Kind.MERGED, shapes[2], row, post, base, alpha)
         elif _same_but_rows(shapes) and self.is_vocabulary(name, shapes):
-            if self.request.vocab == "extend":
+            if self.request.vocab == "extend" and any(quantised):
+                self.problems.quantised_vocab.append(f"{shown(name)}: {_by_role(shapes)}")
+            elif self.request.vocab == "extend":
                 rows = max(shapes[0][0], shapes[2][0])
                 self.result.extended.append(name)
                 self.result.add(name, Kind.EXTENDED, (rows, *shapes[2][1:]), row, post, base, alpha)
@@ -179,14 +185,13 @@ class _Pairer:
         """Take a tensor that cannot be merged from the donor."""
         self.result.unpaired.append(name)
         if self.request.copy_from == "new-base":
-            shape = self.new_base.checkpoint.tensors.shapes[row]
             self.converted(self.new_base, name, row)
-            self.result.add(name, Kind.FROM_NEW_BASE, shape, row, NONE, NONE)
+            self.result.add(name, Kind.FROM_NEW_BASE, self.new_base.shape(row), row, NONE, NONE)
         elif post == NONE:
             self.problems.no_donor.append(name)
         else:
             self.converted(self.post, name, post)
-            self.result.add(name, Kind.FROM_POST, self.post.checkpoint.tensors.shapes[post], NONE, post, NONE)
+            self.result.add(name, Kind.FROM_POST, self.post.shape(post), NONE, post, NONE)
 
     def leftovers(self) -> None:
         """Account for names that new_base lacks. The output keeps new_base's own names, from before any rename."""
@@ -202,10 +207,9 @@ class _Pairer:
                 elif names.role == "post" and self.request.copy_from == "post" and name in stored:
                     self.problems.taken.append(name)
                 elif names.role == "post" and self.request.copy_from == "post":
-                    shape = names.checkpoint.tensors.shapes[row]
                     self.converted(names, name, row)
                     self.result.unpaired.append(name)
-                    self.result.add(name, Kind.FROM_POST, shape, NONE, row, NONE)
+                    self.result.add(name, Kind.FROM_POST, names.shape(row), NONE, row, NONE)
                 else:
                     self.result.dropped.append(f"{name} of {names.role}")
 
@@ -226,8 +230,8 @@ def pair(request: MergeRequest, post: Names, base: Names, new_base: Names, wrong
     wrong += _complaints(pairer.problems, request, {"post": post, "base": base})
     wrong += _unmatched_globs(request, (post, base, new_base))
     if request.rename_new_base:  # renames are for pairing: the output is called what new_base calls it
-        own, rows = new_base.checkpoint.tensors.names, new_base.rows
-        pairer.result.names = [own[rows[name]] if name in rows else name for name in pairer.result.names]
+        rows = new_base.rows
+        pairer.result.names = [new_base.own_name(rows[n]) if n in rows else n for n in pairer.result.names]
     return pairer.result
 
 
@@ -296,6 +300,15 @@ def _complaints(problems: _Problems, request: MergeRequest, names: dict[str, Nam
                 "vocabulary",
                 f"{len(problems.vocab):,} tensors differ in their number of tokens:{_listing(problems.vocab)}",
                 "--vocab extend gives the output as many rows as the larger of post and new_base",
+            )
+        )
+    if problems.quantised_vocab:
+        found.append(
+            Complaint(
+                "vocabulary",
+                "rows of quantised tensors cannot be added one by one, because they share scales:"
+                f"{_listing(problems.quantised_vocab)}",
+                "dequantise these checkpoints first, or --exclude GLOB copies them from new_base",
             )
         )
     if problems.kinds:

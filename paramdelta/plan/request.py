@@ -18,6 +18,12 @@ from paramdelta.errors import Complaint, PlanError, shown
 ROLES = ("post", "base", "new_base")
 COPY_FROM = ("error", "new-base", "post")
 VOCAB = ("error", "extend")
+PLAIN_FORMATS = ("bf16", "f16", "f32")
+FORMATS = ("like-post", *PLAIN_FORMATS, "fp8-block", "fp8-channel", "fp8-tensor", "mxfp8", "mxfp4", "nvfp4", "int4")
+SCALE_POLICIES = ("keep", "recompute")
+SCALE_TYPES = ("f32", "bf16", "e8m0")
+ACTIVATION_SCALES = ("post", "new-base", "drop")
+_BLOCK = re.compile(r"\s*(\d+)\s*(?:[x×,]\s*(\d+)\s*)?", re.ASCII)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?[bB]?\s*", re.ASCII)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -41,7 +47,7 @@ class Rename:
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
     """One merge, checked. Build it with :meth:`build`; every field is part of the result's identity except ``out``,
-    ``overwrite`` and ``allow_nonfinite``. ``alphas`` starts with the rule for every tensor, ``*``."""
+    ``overwrite``, ``allow_nonfinite`` and ``max_quant_error``. ``alphas`` starts with the rule for every tensor, ``*``."""
 
     post: Path
     base: Path
@@ -56,9 +62,16 @@ class MergeRequest:
     rename_new_base: tuple[Rename, ...] = ()
     vocab: str = "error"
     dtype: DType | None = None
+    format: str | None = None
+    block_size: tuple[int, int] | None = None
+    scale_type: str | None = None
+    no_quantise: tuple[str, ...] = ()
+    scale_policy: str = "keep"
+    activation_scales: str = "post"
     max_shard_size: int | None = None
     allow_unscaled: bool = False
     allow_nonfinite: bool = False
+    max_quant_error: float | None = None
     overwrite: bool = False
 
     @classmethod
@@ -79,9 +92,16 @@ class MergeRequest:
         rename_new_base: str | Sequence[str | tuple[str, str]] = (),
         vocab: str = "error",
         dtype: str | DType | None = None,
+        format: str | None = None,
+        block_size: str | int | Sequence[int] | None = None,
+        scale_type: str | None = None,
+        no_quantise: str | Sequence[str] = (),
+        scale_policy: str = "keep",
+        activation_scales: str = "post",
         max_shard_size: int | str | None = None,
         allow_unscaled: bool = False,
         allow_nonfinite: bool = False,
+        max_quant_error: float | None = None,
         overwrite: bool = False,
     ) -> MergeRequest:
         """Check and build a request.
@@ -106,11 +126,19 @@ class MergeRequest:
             rename_new_base=_renames("--rename-new-base", rename_new_base, wrong),
             vocab=_choice("--vocab", vocab, VOCAB, wrong),
             dtype=_dtype(dtype, wrong),
+            format=None if format is None else _choice("--format", format, FORMATS, wrong),
+            block_size=_block(block_size, wrong),
+            scale_type=None if scale_type is None else _choice("--scale-type", scale_type, SCALE_TYPES, wrong),
+            no_quantise=_strings(no_quantise),
+            scale_policy=_choice("--scale-policy", scale_policy, SCALE_POLICIES, wrong),
+            activation_scales=_choice("--activation-scales", activation_scales, ACTIVATION_SCALES, wrong),
             max_shard_size=_collected(lambda: _size(max_shard_size, "--max-shard-size"), wrong),
             allow_unscaled=allow_unscaled,
             allow_nonfinite=allow_nonfinite,
+            max_quant_error=_fraction("--max-quant-error", max_quant_error, wrong),
             overwrite=overwrite,
         )
+        wrong += _format_complaints(request)
         if request.dtype is not None and request.dtype.bits == 8 and not allow_unscaled:
             wrong.append(
                 Complaint(
@@ -144,6 +172,12 @@ class MergeRequest:
             **{f"rename_{role}": [[r.pattern, r.replacement] for r in self.renames(role)] for role in ROLES},
             "vocab": self.vocab,
             "dtype": None if self.dtype is None else self.dtype.name,
+            "format": self.format,
+            "block_size": None if self.block_size is None else list(self.block_size),
+            "scale_type": self.scale_type,
+            "no_quantise": list(self.no_quantise),
+            "scale_policy": self.scale_policy,
+            "activation_scales": self.activation_scales,
             "max_shard_size": self.max_shard_size,
             "allow_unscaled": self.allow_unscaled,
         }
@@ -235,6 +269,47 @@ def _dtype(value: str | DType | None, wrong: list[Complaint]) -> DType | None:
         names = ", ".join(d.name for d in MERGE_DTYPES)
         wrong.append(Complaint("--dtype", f"expected one of {names}, got {shown(repr(value))}"))
     return found
+
+
+def _block(value: Any, wrong: list[Complaint]) -> tuple[int, int] | None:
+    """Read ``128x128``, ``32`` (a group along K) or a pair."""
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        value = f"{value[0]}x{value[1]}"
+    match = _BLOCK.fullmatch(str(value))
+    if match is None or 0 in (sizes := [int(g) for g in match.groups() if g]):
+        wrong.append(Complaint("--block-size", f"expected ROWSxCOLS or a group size, got {shown(repr(value))}"))
+        return None
+    return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _fraction(option: str, value: Any, wrong: list[Complaint]) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number >= 0.0:
+        wrong.append(Complaint(option, f"expected a number such as 0.05, got {shown(repr(value))}"))
+        return None
+    return number
+
+
+def _format_complaints(request: MergeRequest) -> list[Complaint]:
+    """Options that only an output format gives a meaning."""
+    scaled = request.format not in (None, "like-post", *PLAIN_FORMATS)
+    given = {
+        "--block-size": request.block_size is not None,
+        "--scale-type": request.scale_type is not None,
+        "--no-quantise": bool(request.no_quantise),
+    }
+    return [
+        Complaint(option, "says how --format quantises, and no such format is given", "--format fp8-block, for example")
+        for option, present in given.items()
+        if present and not scaled
+    ]
 
 
 def _size(value: int | str | None, option: str) -> int | None:
