@@ -47,7 +47,7 @@ _PRESETS: dict[str, tuple[Formats, bool]] = {  # schemes that compressed-tensors
 class Declared:
     """A quantisation config, understood. ``formats`` are those it allows, None where it leaves them open;
     ``power_of_two`` tells that scales are powers of two, ``codes`` is its ``fmt``; ``place`` is the file, and the
-    path in it, ``words`` what it says in words."""
+    path in it, ``words`` what it says in words. ``config`` is all that stands in ``place``."""
 
     method: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +74,8 @@ def declared(checkpoint: Checkpoint) -> tuple[Declared | None, list[Complaint]]:
     found = next(_configs(checkpoint, complaints), None)
     if found is None:
         return None, complaints
-    place, key, config = found
+    place, key, document = found
+    config = document.get("quantization", document) if place == MODELOPT_FILE else document
     method = _method(config, place)
     words = f"{_described(method, config)} ({key} in {place})" if key else f"{_described(method, config)} ({place})"
     subject = str(checkpoint.path / place.partition(":")[0])
@@ -82,15 +83,15 @@ def declared(checkpoint: Checkpoint) -> tuple[Declared | None, list[Complaint]]:
     try:
         if why is not None:
             complaints.append(refusal(checkpoint, words, *why))
-            return Declared(method=method, config=config, place=place, words=words), complaints
+            return Declared(method=method, config=document, place=place, words=words), complaints
         formats, dynamic = _formats(method, config, checkpoint)
         ignored = _ignored(config)
     except _RefusedError as error:
         complaints.append(Complaint(subject, f"{checkpoint.role} is quantised: {words}: {error.problem}", error.remedy))
-        return Declared(method=method, config=config, place=place, words=words), complaints
+        return Declared(method=method, config=document, place=place, words=words), complaints
     return Declared(
         method=method if formats is None or formats else None,
-        config=config,
+        config=document,
         place=place,
         words=words,
         formats=formats,
@@ -116,7 +117,7 @@ def _configs(checkpoint: Checkpoint, complaints: list[Complaint]) -> Iterator[tu
         if not isinstance(inner, dict):
             complaints.append(Complaint(str(checkpoint.path / MODELOPT_FILE), "has a quantization that is no object"))
         elif inner:
-            yield MODELOPT_FILE, "", inner
+            yield MODELOPT_FILE, "", whole
 
 
 def _nested(config: dict[str, Any], path: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,6 +22,7 @@ _MOST_SHOWN = 20
 _FP8 = frozenset(d.code for d in FP8_CODES)
 _CODES = np.array([d.code for d in CODES])
 _ENDINGS = tuple(ending for ending in SCALES if ending)
+_CODED = {(ending, codes) for ending, _, codes, _ in BY_NAMES if ending}
 
 # Calibration of activations and of the key-value cache.
 _STATISTICS = (
@@ -149,7 +150,7 @@ class _Search:
                 self.parts.update((row, *(scale for _, scale in found)))
                 both = " and ".join(shown(names[scale]) for _, scale in found)
                 self.complain_of(row, f"has several scales, {both}: which one counts is not known")
-            elif ending or self.dtype[row] in _FP8:
+            elif (ending, self.dtype[row]) in _CODED or self.dtype[row] in _FP8:
                 self.bare.append(row)
 
     def _weight(self, row: int, stem: str, ending: str, suffix: str, scale: int) -> None:
