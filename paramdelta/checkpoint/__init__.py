@@ -6,13 +6,21 @@ from typing import Any
 
 from paramdelta import JSON_VERSION
 from paramdelta.checkpoint.folder import INDEX, SINGLE, Checkpoint, ShardFile, open_checkpoint
-from paramdelta.checkpoint.quantised import quantisation_complaint, quantised_as
 from paramdelta.checkpoint.table import TensorSpec, TensorTable
+from paramdelta.checkpoint.weights import (
+    Quantisation,
+    QuantisedWeight,
+    quantisation_complaint,
+    quantised_as,
+    recognise,
+)
 
 __all__ = [
     "INDEX",
     "SINGLE",
     "Checkpoint",
+    "Quantisation",
+    "QuantisedWeight",
     "ShardFile",
     "TensorSpec",
     "TensorTable",
@@ -20,6 +28,7 @@ __all__ = [
     "open_checkpoint",
     "quantisation_complaint",
     "quantised_as",
+    "recognise",
 ]
 
 

@@ -1,134 +1,92 @@
-"""Recognises quantised checkpoints by their configs and headers: raw codes must never be taken for weights."""
+"""Quantised formats that no merge can treat: how they are recognised, why they are refused, and what to do instead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
-
-from paramdelta.checkpoint.folder import Checkpoint, read_json
+from paramdelta.checkpoint.folder import Checkpoint
 from paramdelta.dtypes import BY_NAME
 from paramdelta.errors import Complaint, shown
 
-_LOW_BIT = {
-    BY_NAME[name].code for name in ("f8_e4m3", "f8_e5m2", "f8_e4m3fnuz", "f8_e5m2fnuz", "f4", "u8", "i8", "i32", "u32")
+_FROM_SOURCE = "use the checkpoint it was made from"
+_RESAVE = "use the checkpoint it was made from, or dequantise it with its own library"
+
+# quant_method: (why differences of its codes mean nothing or cannot be formed, what to do)
+HOPELESS: dict[str, tuple[str, str]] = {
+    "gptq": ("its codes fit one set of scales and zero points", _FROM_SOURCE),
+    "awq": ("it folds a smoothing scale into other layers", _FROM_SOURCE),
+    "bitsandbytes": ("its codes are blocks of one release of one library", _FROM_SOURCE),
+    "aqlm": ("its codes point into code books", _FROM_SOURCE),
+    "vptq": ("its codes point into code books", _FROM_SOURCE),
+    "gguf": ("its blocks mix several code books", _FROM_SOURCE),
+    "hqq": ("its zero points were fitted to one set of weights", _FROM_SOURCE),
+    "quanto": ("its codes are pickled by one library", _RESAVE),
+    "torchao": ("its codes are tensor subclasses of one library", _RESAVE),
+    "eetq": ("its codes are interleaved for one kernel", _FROM_SOURCE),
+    "higgs": ("it rotates weights and its codes point into a grid", _FROM_SOURCE),
+    "spqr": ("it keeps outliers apart from its codes", _FROM_SOURCE),
+    "bitnet": ("ternary weights have no room for a difference", _FROM_SOURCE),
+    "fp_quant": ("it rotates weights", _FROM_SOURCE),
+    "auto-round": ("its codes were rounded to fit one set of weights", _FROM_SOURCE),
+    "quark": ("its layouts are not known here", _RESAVE),
+    "sinq": ("it scales rows and columns at once", _FROM_SOURCE),
+    "quip": ("it rotates weights", _FROM_SOURCE),
+    "exl2": ("it mixes code widths within a tensor", _FROM_SOURCE),
+    "exl3": ("it rotates weights", _FROM_SOURCE),
 }
-# Suffixes of tensors that hold codes, and what they give away.
+_ALIASES = {"bnb": "bitsandbytes", "awq_marlin": "awq", "gptq_marlin": "gptq", "auto_round": "auto-round"}
+
+_BYTES = frozenset(BY_NAME[name].code for name in ("u8", "i8", "i32", "u32", "f8_e4m3"))
+# Suffixes of tensors that hold codes of such a format, or lie beside them.
 _CODES = {
-    ".weight_packed": "compressed-tensors, packed",
-    "_blocks": "MXFP4 as in gpt-oss",
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
+    ".qweight": "gptq",
+    ".qzeros": "gptq",
+    ".weight_g_idx": "gptq",
     ".absmax": "bitsandbytes",
     ".SCB": "bitsandbytes",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
 }
-_STATISTICS = (".absmax", ".SCB", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-# Suffixes of scales: they replace ".weight" in the name of the tensor they scale.
-SCALES = (
-    ".weight_scale_inv",
-    ".weight_scale",
-    ".weight_scale_2",
-    ".weight_global_scale",
-    ".scale",
-    ".qscale_weight",
-    ".scale_weight",
-)
-# Stacked experts have no ".weight": these are added to the name of the tensor they scale.
-_STACKED_SCALES = ("_scale_inv", "_scale")
-_HOPELESS = {
-    "gptq": "its codes fit one set of scales and zero points",
-    "awq": "it folds a smoothing scale into other layers",
-    "bitsandbytes": "its codes are blocks of one release of one library",
-    "aqlm": "its codes point into code books",
-    "gguf": "its blocks mix several code books",
-}
+_SPOKEN = {"gptq": "GPTQ or AWQ"}
+_BESIDE = (".absmax", ".SCB", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".weight_g_idx")
 
 
-def quantised_as(checkpoint: Checkpoint) -> str | None:
-    """Return what a quantised checkpoint is quantised as, in words; None for a plain one."""
-    return next(_from_config(checkpoint), None) or next(_from_headers(checkpoint), None)
+def hopeless(method: str) -> tuple[str, str] | None:
+    """Return why a quantisation method cannot be merged and what to do, None for one that is not in the list."""
+    name = method.lower()
+    return HOPELESS.get(_ALIASES.get(name, name))
 
 
-def quantisation_complaint(checkpoint: Checkpoint) -> list[Complaint]:
-    """Return the complaint about a quantised checkpoint, or an empty list for a plain one."""
-    found = quantised_as(checkpoint)
-    if found is None:
-        return []
-    method = next((m for m in _HOPELESS if m in found.lower()), None)
-    if method is not None:
-        problem = (
-            f"{checkpoint.role} is quantised: {found}. Differences of such codes mean nothing: {_HOPELESS[method]}"
-        )
-        remedy = "use the checkpoint it was made from"
-    else:
-        problem = f"{checkpoint.role} is quantised: {found}. This version merges only unquantised checkpoints"
-        remedy = "use the bf16 release, or dequantise it first"
-    return [Complaint(str(checkpoint.path), problem, remedy)]
+def refusal(checkpoint: Checkpoint, what: str, why: str, remedy: str) -> Complaint:
+    """Return the complaint about a checkpoint whose codes cannot be merged."""
+    return Complaint(
+        str(checkpoint.path),
+        f"{checkpoint.role} is quantised: {what}. Differences of such codes mean nothing: {why}",
+        remedy,
+    )
 
 
-def _from_config(checkpoint: Checkpoint) -> Iterator[str]:
-    for config in _nested(checkpoint.config):
-        for key in ("quantization_config", "compression_config"):
-            value = config.get(key)
-            if isinstance(value, dict) and value:
-                yield f"{_described(value)} ({key} in config.json)"
-    if "hf_quant_config.json" in checkpoint.side_files:
-        inner = read_json(checkpoint.path, "hf_quant_config.json", []).get("quantization")
-        # An algorithm of null leaves the weights alone: only the key-value cache is quantised.
-        if not isinstance(inner, dict) or inner.get("quant_algo", "") is not None:
-            yield "modelopt (it has an hf_quant_config.json)"
-
-
-def _nested(config: dict[str, Any], depth: int = 3) -> Iterator[dict[str, Any]]:
-    """Yield a config and those it nests: text_config, llm_config, thinker_config.text_config, …"""
-    yield config
-    for key, value in config.items():
-        if depth and key.endswith("_config") and isinstance(value, dict):
-            yield from _nested(value, depth - 1)
-
-
-def _described(config: dict[str, Any]) -> str:
-    method = shown(config.get("quant_method", config.get("quant_algo", "unnamed method")))
-    block = config.get("weight_block_size")
-    parts = [method]
-    if method == "fp8":
-        parts.append(f"in blocks of {shown('×'.join(map(str, block)))}" if isinstance(block, list) else "per tensor")
-    if isinstance(config.get("format"), str):
-        parts.append(shown(config["format"]))
-    if isinstance(config.get("quant_algo"), str):
-        parts.append(shown(config["quant_algo"]))
-    if isinstance(config.get("bits"), int):
-        parts.append(f"{config['bits']} bits")
-    return " ".join(parts)
-
-
-def _from_headers(checkpoint: Checkpoint) -> Iterator[str]:
+def hopeless_codes(checkpoint: Checkpoint, low_bit: Iterable[int]) -> tuple[str, Complaint] | None:
+    """Return what it is and the complaint where the tensors alone give such a format away. ``low_bit`` are the rows of
+    codes: where there are none, names do not matter."""
     table = checkpoint.tensors
-    low_bit = np.isin(table.dtype, list(_LOW_BIT))
-    suspects = [name for name in table.names if name.endswith((*_CODES, *SCALES, *_STACKED_SCALES))]
-    for name in suspects:
-        for suffix, what in _CODES.items():
-            if not name.endswith(suffix) or (suffix == "_blocks" and f"{name[:-7]}_scales" not in table):
-                continue
-            # The statistics of bitsandbytes are floats; codes are not, and a float of that name is a parameter.
-            coded = name if suffix not in _STATISTICS else _coded_by(name, suffix)
-            if coded in table and low_bit[table.row(coded)]:
-                yield f"{what} (tensor {shown(name)})"
-    for name in suspects:
-        for suffix in (*SCALES, *_STACKED_SCALES):
-            if not name.endswith(suffix):
-                continue
-            stem = name.removesuffix(suffix)
-            weight = f"{stem}.weight" if suffix in SCALES else stem
-            if weight in table and low_bit[table.row(weight)]:
-                dtype = table.dtype_of(table.row(weight)).safetensors
-                yield f"{dtype} codes with scales (tensors {shown(weight)} and {shown(name)})"
+    if not any(int(table.dtype[row]) in _BYTES for row in low_bit):
+        return None
+    suffixes = tuple(_CODES)
+    for name in table.names:
+        if not name.endswith(suffixes):
+            continue
+        suffix = next(s for s in suffixes if name.endswith(s))
+        coded = _coded_by(name, suffix) if suffix in _BESIDE else name
+        if coded in table and int(table.dtype[table.row(coded)]) in _BYTES:
+            method = _CODES[suffix]
+            why, remedy = HOPELESS[method]
+            words = f"{_SPOKEN.get(method, method)} (tensor {shown(name)})"
+            return words, refusal(checkpoint, words, why, remedy)
+    return None
 
 
 def _coded_by(name: str, suffix: str) -> str:
-    """Return the name of the codes that a tensor of bitsandbytes' statistics belongs to."""
+    """Return the name of the codes that a tensor of statistics belongs to."""
     stem = name.removesuffix(suffix)
-    return f"{stem}.weight" if suffix == ".SCB" else stem
+    return {".SCB": f"{stem}.weight", ".weight_g_idx": f"{stem}.weight_packed"}.get(suffix, stem)
