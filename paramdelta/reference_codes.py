@@ -39,7 +39,7 @@ def unpack(raw: NDArray[np.uint8], codec: str, cols: int) -> Codes:
 
 
 def unpack_zero_points(words: NDArray[np.uint32], rows: int) -> Codes:
-    """Return nibbles [rows, gc] of words [ceil(rows / 8), gc]: row r is nibble r % 8, low bits first, of word r // 8."""
+    """Return nibbles [rows, gc] of words [ceil(rows / 8), gc]: row r is nibble r % 8 of word r // 8, low bits first."""
     shifts = np.arange(0, 32, 4, dtype=np.uint32)
     nibbles: Codes = (words[:, None, :] >> shifts[None, :, None]) & np.uint32(15)
     return nibbles.reshape(8 * len(words), words.shape[1])[:rows].astype(np.uint8)
