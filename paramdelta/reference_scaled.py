@@ -149,13 +149,14 @@ def round_values(acc: Values, recipe: Recipe) -> Singles:
 def second_of(amax: float, kind: str) -> float:
     """Return the second scale of tensors whose largest finite |x| is ``amax``, all in binary32.
 
-    multiply: amax / 2688, 1 where that is 0; divide: 2688 / max(amax, 2^-126), 1 where that is Inf. 2688 = 6 · 448.
+    multiply: amax / 2688, 1 where that is 0; divide: 2688 · (1 / max(amax, 2^-126)) with the reciprocal rounded too, as
+    torch divides a number by a tensor; 1 where that is not finite. 2688 = 6 · 448.
     """
     with np.errstate(all="ignore"):
         if kind == "multiply":
             second = np.float32(amax) / np.float32(2688)
             return float(second) if second > 0 else 1.0
-        second = np.float32(2688) / np.maximum(np.float32(amax), np.float32(2.0**-126))
+        second = np.float32(2688) * (np.float32(1) / np.maximum(np.float32(amax), np.float32(2.0**-126)))
         return float(second) if np.isfinite(second) else 1.0
 
 
