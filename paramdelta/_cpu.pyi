@@ -24,17 +24,16 @@ def norms(
     isa: str | None,
 ) -> tuple[float, float, float, float]: ...
 
-SPAN_BYTES: int
-TERM_BYTES: int
+ROW_BYTES: dict[str, int]
 
 class Engine:
     def __init__(
         self,
         *,
-        spans: Any,
-        terms: Any,
+        columns: dict[str, Any],
         tensors: int,
-        inputs: list[bytes],
+        units: int,
+        inputs: list[Any],
         outputs: list[Any],
         threads: int,
         slot_bytes: int,
@@ -44,4 +43,6 @@ class Engine:
     def stop(self) -> None: ...
     def wait_for(self, seconds: float) -> bool: ...
     def progress(self) -> tuple[int, int]: ...
-    def finish(self) -> list[tuple[int, int, int, int]]: ...
+    def finish(
+        self,
+    ) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, float, float]], list[tuple[float, bool]]]: ...

@@ -27,6 +27,7 @@ SMALLEST_SLOT = 1 << 17
 # Whole rows of units are read in long runs; beyond this, pieces of them will do.
 LARGEST_SLOT = 1 << 23
 WAKE_SECONDS = 0.1
+COLUMNS = ("spans", "terms", "regions", "region_terms", "views", "recipes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +231,9 @@ def start(
     options = options or EngineOptions()
     threads, slot_bytes = options.resolve(work)
     _allow_open_files(len(work.inputs) + len(outputs))
-    columns = ("spans", "terms", "regions", "region_terms", "views", "recipes")
     try:
         engine = _cpu.Engine(
-            columns={name: getattr(work, name) for name in columns},
+            columns={name: getattr(work, name) for name in COLUMNS},
             tensors=tensors,
             units=len(work.units),
             inputs=[os.fsencode(i) if isinstance(i, Path) else i for i in work.inputs],

@@ -188,9 +188,9 @@ def test_a_file_that_becomes_shorter_while_the_merge_runs_is_named(tmp_path: Pat
     builder = sample(tmp_path)
     work = builder.build()
     running = _cpu.Engine(
-        spans=work.spans,
-        terms=work.terms,
+        columns={name: getattr(work, name) for name in engine.COLUMNS},
         tensors=builder.tensors,
+        units=0,
         inputs=[bytes(path) for path in work.inputs],
         outputs=[np.zeros(s, np.uint8) for _, s in work.outputs],
         threads=2,
@@ -301,8 +301,10 @@ def test_options_are_checked(field: str) -> None:
 
 
 def test_small_memory_means_fewer_threads() -> None:
-    assert engine.EngineOptions(threads=8, memory=3 << 17).resolve() == (3, 1 << 17)
+    work = Work(inputs=(), outputs=(), headers=(), spans=np.zeros(0, SPAN), terms=np.zeros(0, TERM))
+    assert engine.EngineOptions(threads=8, memory=3 << 17).resolve(work) == (3, 1 << 17)
 
 
 def test_columns_have_the_layout_of_the_extension() -> None:
-    assert (SPAN.itemsize, TERM.itemsize) == (_cpu.SPAN_BYTES, _cpu.TERM_BYTES)
+    work = Work(inputs=(), outputs=(), headers=(), spans=np.zeros(0, SPAN), terms=np.zeros(0, TERM))
+    assert {name: getattr(work, name).dtype.itemsize for name in engine.COLUMNS} == _cpu.ROW_BYTES

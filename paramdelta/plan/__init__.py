@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta import JSON_VERSION
-from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint, quantisation_complaint
+from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
 from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, PlanError
+from paramdelta.plan.choice import Stored, choose
 from paramdelta.plan.config import MergedConfig, merge_config
 from paramdelta.plan.layout import Layout, Tables, lay_out
-from paramdelta.plan.naming import renamed
+from paramdelta.plan.naming import Names, renamed
 from paramdelta.plan.pairing import Kind, Pairing, pair
+from paramdelta.plan.quantising import (
+    HF_QUANT_CONFIG,
+    QuantConfig,
+    choose_config,
+    choose_statistics,
+    recognise_all,
+)
 from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.sidefiles import CARD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
@@ -40,7 +51,9 @@ class Plan:
     post: Checkpoint
     base: Checkpoint
     new_base: Checkpoint
+    names_by_role: dict[str, Names]
     pairing: Pairing
+    stored: Stored
     layout: Layout
     side_files: tuple[SideFile, ...]
     policies: dict[str, Any]
@@ -64,7 +77,7 @@ class Plan:
     @cached_property
     def names(self) -> list[str]:
         """Names of the output tensors."""
-        return [self.pairing.names[i] for i in self.layout.order]
+        return [self.layout.outputs.names[i] for i in self.layout.order]
 
     @property
     def out_files(self) -> NDArray[np.int64]:
@@ -77,7 +90,7 @@ class Plan:
 
     def shape_of(self, tensor: int) -> tuple[int, ...]:
         """Return the shape of an output tensor."""
-        return self.pairing.shapes[int(self.layout.order[tensor])]
+        return self.layout.outputs.shapes[int(self.layout.order[tensor])]
 
     def nbytes_of(self, tensor: int) -> int:
         """Return the bytes of an output tensor."""
@@ -89,9 +102,8 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        """The number of elements of all output tensors."""
-        bits = np.array([d.bits for d in DTYPES])[self.layout.dtypes]
-        return int((self.layout.nbytes * 8 // bits).sum())
+        """The number of elements of all weights and other tensors, not counting scales and packing."""
+        return sum(math.prod(shape) for shape in self.pairing.shapes)
 
     @property
     def bytes_written(self) -> int:
@@ -100,15 +112,8 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of tensor data the merge reads."""
-        items = np.array([d.bits for d in DTYPES]) // 8
-        spans, terms = self.work.spans, self.work.terms
-        total = int((spans["count"] * items[spans["new_dtype"]] * (spans["new_file"] >= 0)).sum())
-        counts = np.repeat(spans["count"], spans["n_terms"])
-        rows = terms[np.repeat(spans["first_term"], spans["n_terms"]) + _within(spans["n_terms"])]
-        for role in ("post", "base"):
-            total += int((counts * items[rows[f"{role}_dtype"]] * (rows[f"{role}_file"] >= 0)).sum())
-        return total
+        """Bytes of tensor data the merge reads, those that are read twice to find a scale included."""
+        return self.work.bytes_read()
 
     def written_files(self) -> Iterator[tuple[str, bytes | Path]]:
         """Yield the files of the output that are not weights, as (name, bytes or the file to copy)."""
@@ -165,42 +170,53 @@ def open_all(request: MergeRequest) -> tuple[Checkpoint, Checkpoint, Checkpoint]
         except CheckpointError as error:
             wrong += error.complaints
     if wrong:
-        raise PlanError([*check_target(request), *wrong, *_quantised(opened)])
+        raise PlanError([*check_target(request), *wrong, *recognise_all(request, opened)[1]])
     post, base, new_base = opened
     return post, base, new_base
-
-
-def _quantised(checkpoints: Sequence[Checkpoint]) -> list[Complaint]:
-    return [complaint for c in checkpoints for complaint in quantisation_complaint(c)]
 
 
 def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> Plan:
     """Plan a merge from three open checkpoints. Raises PlanError with every complaint there is."""
     wrong = check_target(request) + check_links(request, (post, base, new_base))
-    quantised = _quantised((post, base, new_base))
-    if quantised:  # their names would not pair, for a reason already given
-        raise PlanError([*wrong, *quantised])
-    p, b, n = (renamed(c, request.renames(c.role), wrong) for c in (post, base, new_base))
+    quantisations, quantised_wrong = recognise_all(request, (post, base, new_base))
+    if quantised_wrong:  # names would not pair, for a reason already given
+        raise PlanError([*wrong, *quantised_wrong])
+    p, b, n = (renamed(c, quantisations[c.role], request.renames(c.role), wrong) for c in (post, base, new_base))
+    names = {"post": p, "base": b, "new_base": n}
     pairing = pair(request, p, b, n, wrong)
+    stored = choose(request, pairing, p, b, n, wrong)
+    statistics = choose_statistics(request, stored, names, wrong)
+    quant_config = choose_config(request, pairing, stored, names, statistics, wrong)
     if wrong:
         raise PlanError(wrong)
-    layout = lay_out(request, pairing, Tables(post, base, new_base))
-    config = merge_config(post, base, new_base, vocab_size=_vocab_size(pairing, new_base), dtype=request.dtype)
+    layout = lay_out(request, pairing, stored, Tables(p, b, n), statistics)
+    config = merge_config(
+        post,
+        base,
+        new_base,
+        vocab_size=_vocab_size(pairing, n),
+        dtype=request.dtype,
+        quant_config=quant_config,
+    )
     carried, left_out = carried_files(post, base, new_base)
-    policies = _policies(pairing, config, left_out)
+    policies = _policies(pairing, config, left_out, stored)
     made = [
         SideFile(name=CARD, source=None, data=model_card(request, post, base, new_base), origin="made"),
         SideFile(name=RECORD, source=None, data=record(request, (post, base, new_base), policies), origin="made"),
     ]
     if config.data is not None:
         made.append(SideFile(name="config.json", source=None, data=config.data, origin="new_base"))
+    made += _quant_file(quant_config, new_base)
+    left_out = [name for name in left_out if name != HF_QUANT_CONFIG]
     notes = [note for c in (post, base, new_base) for note in c.notes]
     return Plan(
         request=request,
         post=post,
         base=base,
         new_base=new_base,
+        names_by_role=names,
         pairing=pairing,
+        stored=stored,
         layout=layout,
         side_files=(*carried, *made),
         policies=policies,
@@ -208,7 +224,18 @@ def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_bas
     )
 
 
-def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str]) -> dict[str, Any]:
+def _quant_file(quant_config: QuantConfig, new_base: Checkpoint) -> list[SideFile]:
+    """Return hf_quant_config.json, new_base's or a new one, or nothing."""
+    if quant_config.kept and HF_QUANT_CONFIG in new_base.side_files:
+        source = new_base.path / HF_QUANT_CONFIG
+        return [SideFile(name=HF_QUANT_CONFIG, source=source, data=None, origin="new_base")]
+    if quant_config.document is None:
+        return []
+    data = (json.dumps(quant_config.document, indent=4) + "\n").encode()
+    return [SideFile(name=HF_QUANT_CONFIG, source=None, data=data, origin="made")]
+
+
+def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str], stored: Stored) -> dict[str, Any]:
     counts = {kind: sum(k == kind for k in pairing.kinds) for kind in Kind}
     return {
         "tensors": {
@@ -216,6 +243,7 @@ def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str]) -> di
             "copied_from_new_base": counts[Kind.FROM_NEW_BASE],
             "copied_from_post": counts[Kind.FROM_POST],
         },
+        "formats": dict(Counter(f.name for f in stored.formats if f is not None)),
         "vocabulary_extended": pairing.extended,
         "tied": pairing.tied,
         "unpaired": pairing.unpaired,
@@ -226,18 +254,12 @@ def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str]) -> di
     }
 
 
-def _vocab_size(pairing: Pairing, new_base: Checkpoint) -> int | None:
+def _vocab_size(pairing: Pairing, new_base: Names) -> int | None:
     """Return the number of tokens that the output's config must state, None where no tensor has other rows than
     new_base's."""
     grown = [
         shape[0]
         for kind, shape, row in zip(pairing.kinds, pairing.shapes, pairing.new_base, strict=True)
-        if kind == Kind.EXTENDED and shape != new_base.tensors.shapes[row]
+        if kind == Kind.EXTENDED and shape != new_base.shape(row)
     ]
     return max(grown, default=None)
-
-
-def _within(counts: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return 0 … n − 1 for each n in ``counts``, joined."""
-    ends = np.cumsum(counts)
-    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)

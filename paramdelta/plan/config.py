@@ -12,6 +12,7 @@ from typing import Any
 from paramdelta.checkpoint import Checkpoint
 from paramdelta.dtypes import DType
 from paramdelta.errors import shown
+from paramdelta.plan.quantising import QuantConfig
 
 # Fields about use: which tokens begin, end and pad a text. Post-training sets them, the weights do not depend on them.
 USE_FIELDS = (
@@ -27,6 +28,8 @@ USE_FIELDS = (
 )
 # Fields that say how a file was written, not what the model is.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "vocab_size", "auto_map", "use_cache")
+# What says how tensors are stored follows from the output's tensors (plan/quantising.py).
+_STORAGE = ("quantization_config", "compression_config", "expert_dtype")
 _NESTED = ("text_config",)
 _ABSENT = "(absent)"
 _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
@@ -44,12 +47,19 @@ class MergedConfig:
 
 
 def merge_config(
-    post: Checkpoint, base: Checkpoint, new_base: Checkpoint, *, vocab_size: int | None, dtype: DType | None
+    post: Checkpoint,
+    base: Checkpoint,
+    new_base: Checkpoint,
+    *,
+    vocab_size: int | None,
+    dtype: DType | None,
+    quant_config: QuantConfig,
 ) -> MergedConfig:
     """Return new_base's config.json, byte for byte unless a field must change.
 
     A field about use that post changed against base is taken from post where new_base still has base's value. Other
-    fields that post changed are warned of. ``vocab_size`` and ``dtype`` are set where the output's tensors require it.
+    fields that post changed are warned of. ``vocab_size``, ``dtype`` and the quantisation config are set where the
+    output's tensors require it.
     """
     path = new_base.path / "config.json"
     if not path.is_file():
@@ -74,6 +84,7 @@ def merge_config(
             for key in ("torch_dtype", "dtype"):
                 if isinstance(level.get(key), str):
                     level[key] = _TORCH_NAMES[dtype.name]
+    merged = quant_config.applied(merged)
     data = _bytes_of(path, merged, new_base.config)
     return MergedConfig(data=data, taken=tuple(taken), moved=tuple(moved), warnings=tuple(warnings))
 
@@ -98,7 +109,12 @@ def _merge_level(
         ours, theirs, kept = (config.get(key, _ABSENT) for config in (post, base, new))
         if key in _NESTED and all(isinstance(v, dict) for v in (ours, theirs, kept)):
             _merge_level(ours, theirs, kept, merged[key], f"{prefix}{key}.", taken, moved, warnings)
-        elif key in _NESTED or key in _INCIDENTAL or (not prefix and kept is _ABSENT and key in _inner(new)):
+        elif (
+            key in _NESTED
+            or key in _INCIDENTAL
+            or key in _STORAGE
+            or (not prefix and kept is _ABSENT and key in _inner(new))
+        ):
             continue
         elif key in USE_FIELDS:
             if ours in (theirs, kept, _ABSENT):

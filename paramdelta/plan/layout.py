@@ -134,7 +134,7 @@ def _with_copies(spans: Column, copies: list[Copy]) -> tuple[Column, Column, Col
         ("out_offset", [c.place.offset for c in copies]),
         ("new_file", [c.file for c in copies]),
         ("new_offset", [c.offset for c in copies]),
-        ("count", [c.count for c in copies]),
+        ("count", [c.nbytes for c in copies]),
     ):
         extra[column] = value
     units = np.concatenate([np.full(len(spans), -1, np.int64), np.array([c.unit for c in copies], np.int64)])

@@ -4,6 +4,7 @@ tensors that post changed. Both only ever warn."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,11 @@ def integer_warnings(plan: Plan) -> tuple[str, ...]:
     return (f"integer tensors that post changed are taken from new_base: {listed}",)
 
 
-def _read(inputs: tuple[Path, ...], file: int, offset: int, code: int, count: int) -> NDArray[np.float64]:
+def _read(inputs: Sequence[Path | bytearray], file: int, offset: int, code: int, count: int) -> NDArray[np.float64]:
     dtype = DTYPES[code]
-    return _decode(np.frombuffer(_bytes(inputs[file], int(offset), count * dtype.itemsize), np.uint8), dtype)
+    path = inputs[file]
+    assert isinstance(path, Path)  # literals are no operands of spans
+    return _decode(np.frombuffer(_bytes(path, int(offset), count * dtype.itemsize), np.uint8), dtype)
 
 
 def _decode(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float64]:

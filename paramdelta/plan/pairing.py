@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from paramdelta.errors import Complaint, shown
 from paramdelta.plan.naming import EMBEDDINGS, Names, grouped, is_head, proposed_rename
@@ -43,6 +44,7 @@ class Pairing:
     unpaired: list[str] = field(default_factory=list)  # copied because --copy-from says so
     tied: list[str] = field(default_factory=list)
     extended: list[str] = field(default_factory=list)
+    bridges: dict[int, Any] = field(default_factory=dict)
 
     def add(
         self, name: str, kind: Kind, shape: tuple[int, ...], new: int, post: int, base: int, alpha: float = 0.0

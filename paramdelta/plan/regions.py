@@ -37,12 +37,12 @@ class Place:
 
 
 class Copy(NamedTuple):
-    """``count`` bytes at ``offset`` of input ``file`` go to ``place``; ``unit`` and ``kept`` as Work.span_units."""
+    """``nbytes`` bytes at ``offset`` of input ``file`` go to ``place``; ``unit`` and ``kept`` as Work.span_units."""
 
     place: Place
     file: int
     offset: int
-    count: int
+    nbytes: int
     unit: int
     kept: bool
 

@@ -47,7 +47,7 @@ class Rename:
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
     """One merge, checked. Build it with :meth:`build`; every field is part of the result's identity except ``out``,
-    ``overwrite``, ``allow_nonfinite`` and ``max_quant_error``. ``alphas`` starts with the rule for every tensor, ``*``."""
+    ``overwrite``, ``allow_nonfinite`` and ``max_quant_error``. ``alphas`` starts with the rule for all, ``*``."""
 
     post: Path
     base: Path

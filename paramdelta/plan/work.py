@@ -10,8 +10,8 @@ stands for an operand of zeros (vocabulary rows that a checkpoint lacks). Most t
 A *region* is the same for a matrix of which some operand, or the output, is quantised: its operands are *views*, planes
 of codes with a grid of scales, and its output a plane of codes and one of scales, made by a recipe.
 
-A *unit* is all that shares one scale of a whole tensor. Its scale is known only after a pass that measures it; what then
-fills its outputs depends on whether any delta in it is not zero. ``Work.settled`` makes that choice.
+A *unit* is all that shares one scale of a whole tensor. Its scale is known only after a pass that measures it; what
+then fills its outputs depends on whether any delta in it is not zero. ``Work.settled`` makes that choice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta.dtypes import BF16, F32, DType
-from paramdelta.formats import CODECS, RULES, Recipe
+from paramdelta.dtypes import BF16, DTYPES, F32, DType
+from paramdelta.formats import CODEC_BITS, CODECS, RULES, Recipe
 
 # Layouts are those of csrc/io/work.hpp; the extension checks the item sizes and the bounds.
 SPAN = np.dtype(
@@ -162,17 +162,19 @@ class SharedScale:
     stored_at: tuple[int, ...]
     kept: bool
 
-    def value(self, amax: float) -> np.float32:
+    def value(self, amax: float) -> Any:
         """Return the scale for a unit's amax. All operations are binary32."""
         largest = _F32(amax)
         with np.errstate(all="ignore"):
             if self.recipe.rule == "nv_multiply":
-                return largest / _F32(2688.0) if largest else _F32(1.0)
-            if self.recipe.rule == "nv_divide":
+                scale = largest / _F32(2688.0) if largest else _F32(1.0)
+            elif self.recipe.rule == "nv_divide":
                 scale = _F32(2688.0) / max(largest, np.finfo(_F32).tiny)
-                return scale if np.isfinite(scale) else _F32(1.0)
-            scale = max(largest, _F32(self.recipe.floor)) / _F32(self.recipe.largest)
-        return scale if scale else _F32(self.recipe.zero)
+                scale = scale if np.isfinite(scale) else _F32(1.0)
+            else:
+                scale = max(largest, _F32(self.recipe.floor)) / _F32(self.recipe.largest)
+                scale = scale if scale else _F32(self.recipe.zero)
+        return _rounded_to_bf16(scale) if self.dtype == BF16 else scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +185,8 @@ class Work:
     output files by number, as (name, size in bytes); ``headers`` the bytes each output file starts with. ``spans`` is
     sorted by (out_file, out_offset). Together, spans and regions cover every byte behind the headers exactly once.
 
-    ``span_units`` and ``span_kept`` say of each span which unit it waits for (−1: none) and whether it is the choice for
-    an untouched unit; regions with a unit are the choice for a touched one. ``measures`` are the regions of the pass
-    that comes first.
+    ``span_units`` and ``span_kept`` say of each span which unit it waits for (−1: none) and whether it is the choice
+    for an untouched unit; regions with a unit are the choice for a touched one.
     """
 
     inputs: tuple[Path | bytearray, ...]
@@ -201,6 +202,39 @@ class Work:
     units: tuple[SharedScale, ...] = ()
     span_units: NDArray[np.int64] | None = None
     span_kept: NDArray[np.bool_] | None = None
+
+    def bytes_read(self) -> int:
+        """Return the bytes that carrying the work out reads; regions that are measured first count twice."""
+        items = np.array([d.bits for d in DTYPES]) // 8
+        spans, terms = self.spans, self.terms
+        total = int((spans["count"] * items[spans["new_dtype"]] * (spans["new_file"] >= 0)).sum())
+        counts = np.repeat(spans["count"], spans["n_terms"])
+        rows = terms[np.repeat(spans["first_term"], spans["n_terms"]) + _within(spans["n_terms"])]
+        for role in ("post", "base"):
+            total += int((counts * items[rows[f"{role}_dtype"]] * (rows[f"{role}_file"] >= 0)).sum())
+        regions = self.regions
+        times = 1 + (regions["unit"] >= 0)
+        total += int((times * self._view_bytes(regions, regions["new_view"])).sum())
+        several = np.repeat(np.arange(len(regions)), regions["n_terms"])
+        region_terms = self.region_terms[
+            np.repeat(regions["first_term"], regions["n_terms"]) + _within(regions["n_terms"])
+        ]
+        for role in ("post", "base"):
+            read = self._view_bytes(regions[several], region_terms[f"{role}_view"])
+            total += int((times[several] * read).sum())
+        return total
+
+    def _view_bytes(self, regions: Rows, numbers: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the bytes of codes and scales that regions read of views."""
+        views = self.views[numbers]
+        bits = np.array([CODEC_BITS[codec] for codec in CODECS])[views["codec"]]
+        codes = regions["rows"] * regions["cols"] * bits // 8
+        grid_rows = np.where(views["grid_rows"] > 0, -(-regions["rows"] // np.maximum(views["grid_rows"], 1)), 1)
+        grid_cols = np.where(views["grid_cols"] > 0, -(-regions["cols"] // np.maximum(views["grid_cols"], 1)), 1)
+        items = np.array([d.bits for d in DTYPES])[views["scale_dtype"]] // 8
+        scales = np.where(views["scale_file"] >= 0, grid_rows * grid_cols * items, 0)
+        total: NDArray[np.int64] = codes + scales + 4 * (views["second_file"] >= 0)
+        return total
 
     @property
     def unsettled(self) -> bool:
@@ -223,8 +257,6 @@ class Work:
         for number, (unit, (amax, touched)) in enumerate(zip(self.units, measured, strict=True)):
             kept[number] = unit.kept and not touched
             value = unit.value(amax)
-            if unit.dtype == BF16:
-                value = _rounded_to_bf16(value)
             literals[unit.value_at : unit.value_at + 4] = value.tobytes()
             for at in unit.stored_at:
                 stored = value.tobytes() if unit.dtype == F32 else value.tobytes()[2:]
@@ -244,7 +276,13 @@ class Work:
         )
 
 
-def _rounded_to_bf16(value: np.float32) -> np.float32:
+def _within(counts: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return 0 … n − 1 for each n in ``counts``, joined."""
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
+
+
+def _rounded_to_bf16(value: Any) -> Any:
     bits = int(value.view(np.uint32))
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return np.uint32(rounded).view(np.float32)

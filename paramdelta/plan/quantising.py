@@ -1,0 +1,153 @@
+"""What a plan decides about quantised checkpoints beside the arithmetic: which are accepted, where calibration
+statistics come from, and the quantisation config of the output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paramdelta.checkpoint import Checkpoint, Quantisation, recognise
+from paramdelta.errors import Complaint, shown
+from paramdelta.plan.choice import Stored, unquantised_modules
+from paramdelta.plan.naming import Names, grouped
+from paramdelta.plan.pairing import Pairing
+from paramdelta.plan.quantconfig import output_config
+from paramdelta.plan.request import MergeRequest
+
+HF_QUANT_CONFIG = "hf_quant_config.json"
+KEYS = ("quantization_config", "compression_config")
+# Fields beside the quantisation config that repeat what the headers say.
+_ECHOES = ("expert_dtype",)
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """What the output's configs say about quantisation. ``kept``: what new_base's say, byte for byte; else ``config``
+    goes to ``place`` in config.json, ``document`` is hf_quant_config.json, and None stands for nothing. ``echoes`` are
+    fields of config.json that follow."""
+
+    kept: bool
+    config: Config | None = None
+    place: str = "config.json"
+    document: Config | None = None
+    echoes: Config | None = None
+
+    def applied(self, config: Config) -> Config:
+        """Return a config.json with its quantisation config replaced."""
+        if self.kept:
+            return config
+        made = copy.deepcopy(config)
+        for level in _levels(made):
+            for key in (*KEYS, *_ECHOES):
+                level.pop(key, None)
+        made.update(self.echoes or {})
+        if self.config is not None:
+            level = made
+            for key in self.place.partition(":")[2].split("."):
+                nested = level.get(key)
+                level = nested if isinstance(nested, dict) else level
+            level[KEYS[0]] = self.config
+        return made
+
+
+def recognise_all(
+    request: MergeRequest, checkpoints: Sequence[Checkpoint]
+) -> tuple[dict[str, Quantisation], list[Complaint]]:
+    """Return what is quantised in each checkpoint, by role, and every complaint."""
+    found: dict[str, Quantisation] = {}
+    wrong: list[Complaint] = []
+    for checkpoint in checkpoints:
+        found[checkpoint.role], complaints = recognise(checkpoint, allow_unscaled=request.allow_unscaled)
+        wrong += complaints
+    return found, wrong
+
+
+def choose_statistics(
+    request: MergeRequest, stored: Stored, names: dict[str, Names], wrong: list[Complaint]
+) -> list[tuple[str, int]]:
+    """Return the calibration tensors of the output, as (role, row): those that the checkpoint whose config is followed
+    has, from the donor that ``--activation-scales`` names."""
+    like = stored.like
+    if like is None or not any(stored.formats) or request.activation_scales == "drop":
+        return []
+    donor = names[request.activation_scales.replace("-", "_")]
+    table, given = like.checkpoint.tensors, donor.checkpoint.tensors
+    offered = {given.names[row]: row for row in donor.quantisation.statistics}
+    chosen, missing = [], []
+    for row in like.quantisation.statistics:
+        found = offered.get(table.names[row])
+        if found is None or given.shapes[found] != table.shapes[row]:
+            missing.append(table.names[row])
+        else:
+            chosen.append((donor.role, found))
+    if missing:
+        other = "new-base" if donor.role == "post" else "post"
+        wrong.append(
+            Complaint(
+                str(donor.checkpoint.path),
+                f"{donor.role} lacks {len(missing):,} activation scales that the static format of {like.role} needs:"
+                f"{grouped(missing)}",
+                f"--activation-scales {other} takes them from there; drop leaves them out, and the config says dynamic",
+            )
+        )
+    return chosen
+
+
+def choose_config(
+    request: MergeRequest,
+    pairing: Pairing,
+    stored: Stored,
+    names: dict[str, Names],
+    statistics: list[tuple[str, int]],
+    wrong: list[Complaint],
+) -> QuantConfig:
+    """Return the quantisation config of the output: new_base's own where every tensor is stored as there."""
+    new_base = names["new_base"]
+    dropped = bool(new_base.quantisation.statistics) and not statistics
+    if stored.like is new_base and not dropped and _as_new_base(pairing, stored, new_base):
+        return QuantConfig(kept=True)
+    formats = [f for f in stored.formats if f is not None]
+    if not formats:
+        return QuantConfig(kept=new_base.quantisation.method is None)
+    like = None if stored.like is None else stored.like.quantisation
+    try:
+        config, document = output_config(
+            formats,
+            ignored=unquantised_modules(pairing, stored.formats),
+            source=like,
+            dynamic=not statistics or like is None or like.dynamic,
+        )
+    except ValueError as error:
+        wrong.append(Complaint("--format", shown(str(error)), "--format bf16 needs no such config"))
+        return QuantConfig(kept=True)
+    source = stored.like.checkpoint.config if stored.like is not None else {}
+    return QuantConfig(
+        kept=False,
+        config=config,
+        place=like.config_place if like is not None and like.config_place.startswith("config.json") else "config.json",
+        document=document,
+        echoes={key: source[key] for key in _ECHOES if key in source},
+    )
+
+
+def _as_new_base(pairing: Pairing, stored: Stored, new_base: Names) -> bool:
+    """Whether every tensor is stored in the format that new_base has for that name."""
+    for name, row, format_ in zip(pairing.names, pairing.new_base, stored.formats, strict=True):
+        weight = new_base.weights.get(row if row >= 0 else new_base.rows.get(name, -1))
+        if (weight.format if weight is not None else None) != format_:
+            return False
+    return True
+
+
+def _levels(config: Config) -> list[Config]:
+    """Return a config and those it nests."""
+    nested = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
+    return [config, *(level for value in nested if not _is_quantisation(value) for level in _levels(value))]
+
+
+def _is_quantisation(config: Config) -> bool:
+    return "quant_method" in config or "quant_algo" in config or "config_groups" in config
