@@ -4,6 +4,7 @@ While the caller uses one batch of tensors, the engine fills the next."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from paramdelta.plan import Plan
 
 BATCH_BYTES = 128 << 20
+Column = np.ndarray[Any, Any]
 
 
 def stream(
@@ -59,15 +61,16 @@ def stream(
 
 
 def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:
+    work, _ = engine.settle(plan.work, tensors=len(plan.names), options=options)
     ahead: _Batch | None = None
     groups = _grouped(plan, batch_bytes)
     try:
         first = next(groups, None)
-        ahead = None if first is None else _Batch(plan, first, framework, options)
+        ahead = None if first is None else _Batch(plan, work, first, framework, options)
         while ahead is not None:
             ready, following = ahead, next(groups, None)
             tensors = ready.finish()
-            ahead = None if following is None else _Batch(plan, following, framework, options)
+            ahead = None if following is None else _Batch(plan, work, following, framework, options)
             yield from tensors
     finally:
         if ahead is not None:
@@ -90,13 +93,13 @@ def _grouped(plan: Plan, batch_bytes: int) -> Iterator[range]:
 class _Batch:
     """Consecutive tensors that the engine is filling."""
 
-    def __init__(self, plan: Plan, tensors: range, framework: str, options: engine.EngineOptions) -> None:
+    def __init__(self, plan: Plan, work: Work, tensors: range, framework: str, options: engine.EngineOptions) -> None:
         self._plan, self._tensors = plan, tensors
         allocate = _allocate_torch if framework == "pt" else _allocate_numpy
         pairs = [allocate(plan, tensor) for tensor in tensors]
         self._values = [value for value, _ in pairs]
-        work = _into_memory(plan.work, tensors, [memory.nbytes for _, memory in pairs])
-        self._run = engine.start(work, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
+        part = _into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
+        self._run = engine.start(part, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 
     def finish(self) -> list[tuple[str, Any]]:
         try:
@@ -119,31 +122,60 @@ class _Batch:
 
 def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
     """Return the part of ``work`` that makes ``tensors``, each an output of its own that starts at byte 0, and only
-    the input files it needs."""
-    chosen = (work.spans["tensor"] >= tensors.start) & (work.spans["tensor"] < tensors.stop)
-    spans = work.spans[chosen].copy()
+    the input files it needs. Of a region whose codes or scales belong elsewhere, only the wanted plane is kept."""
+
+    def wanted(numbers: Column) -> Column:
+        return (numbers >= tensors.start) & (numbers < tensors.stop)
+
+    codes, scales = wanted(work.regions["tensor"]), wanted(work.scale_tensors)
+    spans = work.spans[wanted(work.spans["tensor"])].copy()
+    regions = work.regions[codes | scales].copy()
+    in_codes, in_scales = codes[codes | scales], scales[codes | scales]
+    scale_tensors = work.scale_tensors[codes | scales]
     first = np.full(len(tensors), np.iinfo(np.int64).max, np.int64)
-    local = spans["tensor"] - tensors.start
-    np.minimum.at(first, local, spans["out_offset"])
-    spans["out_file"] = local
-    spans["out_offset"] -= first[local]
-    terms = work.terms.copy()
-    used = np.zeros(len(work.inputs), bool)
-    term_rows = np.concatenate(
-        [np.arange(f, f + n) for f, n in zip(spans["first_term"], spans["n_terms"], strict=True)] or [np.arange(0)]
+    parts = (
+        (spans, "out_file", "out_offset", spans["tensor"], np.ones(len(spans), bool)),
+        (regions, "out_file", "out_offset", regions["tensor"], in_codes),
+        (regions, "scale_out_file", "scale_out_offset", scale_tensors, in_scales),
     )
-    for column in (spans["new_file"], terms["post_file"][term_rows], terms["base_file"][term_rows]):
-        used[column[column >= 0]] = True
+    for rows, _, offset, numbers, chosen in parts:
+        np.minimum.at(first, numbers[chosen] - tensors.start, rows[offset][chosen])
+    for rows, file, offset, numbers, chosen in parts:
+        local = np.where(chosen, numbers - tensors.start, 0)
+        rows[file] = np.where(chosen, local, -1)
+        rows[offset] = np.where(chosen, rows[offset] - first[local], 0)
+    terms, views = work.terms.copy(), work.views.copy()
+    used = np.zeros(len(work.inputs) + 1, bool)
+    term_rows = _referred(spans)
+    region_terms = work.region_terms[_referred(regions)]
+    view_rows = np.concatenate([regions["new_view"], region_terms["post_view"], region_terms["base_view"]])
+    of_views = [views[column] for column in ("file", "scale_file", "zero_file", "second_file")]
+    of_regions = [regions[column] for column in ("given_file", "second_file")]
+    for column in (spans["new_file"], terms["post_file"][term_rows], terms["base_file"][term_rows], *of_regions):
+        used[column] = True
+    for column in of_views:
+        used[column[view_rows]] = True
+    used[-1] = False  # what refers to no file
     number = np.where(used, np.cumsum(used) - 1, -1)
-    for column in (spans["new_file"], terms["post_file"], terms["base_file"]):
+    for column in (spans["new_file"], terms["post_file"], terms["base_file"], *of_views, *of_regions):
         column[:] = np.where(column >= 0, number[column], -1)
-    return Work(
-        inputs=tuple(path for path, keep in zip(work.inputs, used, strict=True) if keep),
+    return replace(
+        work,
+        inputs=tuple(path for path, keep in zip(work.inputs, used[:-1], strict=True) if keep),
         outputs=tuple(("", size) for size in sizes),
         headers=(),
         spans=spans,
         terms=terms,
+        regions=regions,
+        views=views,
+        scale_tensors=scale_tensors,
     )
+
+
+def _referred(rows: Column) -> Column:
+    """Return the numbers of the terms that spans or regions refer to."""
+    pairs = zip(rows["first_term"].tolist(), rows["n_terms"].tolist(), strict=True)
+    return np.concatenate([np.arange(0), *(np.arange(first, first + count) for first, count in pairs if count)])
 
 
 def _allocate_numpy(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]:
