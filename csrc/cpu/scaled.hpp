@@ -11,7 +11,7 @@ namespace paramdelta::cpu {
 // of cutting a region at multiples of whole units. With a given scale nothing is kept. amax is that of quantised output
 // only; the sums are 0 where nothing was quantised.
 //
-// `out` and `out_scales` may be exactly new_base's planes, or memory apart from every operand.
+// `out` and `out_scales` are memory apart from every operand.
 ScaledResult merge_scaled(Isa isa, const ScaledMerge& job);
 
 // The same, but nothing is written, and out, out_scales and the sums are of no account.

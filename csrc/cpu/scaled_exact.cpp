@@ -37,8 +37,7 @@ Value value_at(const Matrix& matrix, std::size_t r, std::size_t c) {
         value_scale(s.second, s.second_value, decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, r, c))));
   if (matrix.codec == Codec::i4 && s.zero_points != nullptr) {
     const std::size_t row = r + s.row_phase, col = s.cols == 0 ? 0 : (c + s.col_phase) / s.cols;
-    const std::ptrdiff_t word =
-        static_cast<std::ptrdiff_t>(row / 8) * s.zero_pitch + static_cast<std::ptrdiff_t>(col);
+    const std::ptrdiff_t word = static_cast<std::ptrdiff_t>(row / 8) * s.zero_pitch + static_cast<std::ptrdiff_t>(col);
     v.zero = static_cast<int>(load_scale(DType::f32, s.zero_points, word) >> (row % 8 * 4) & 15u);
   }
   double code = 0.0;
@@ -83,8 +82,7 @@ Sum sum_at(const ScaledMerge& job, std::size_t r, std::size_t c) {
 }
 
 float rounded(const ScaledMerge& job, double acc) {
-  if (job.recipe.values_bf16)
-    return bits_as<float>(static_cast<std::uint32_t>(encode<DType::bf16>(acc).code) << 16);
+  if (job.recipe.values_bf16) return bits_as<float>(static_cast<std::uint32_t>(encode<DType::bf16>(acc).code) << 16);
   return bits_as<float>(encode<DType::f32>(acc).code);
 }
 
@@ -138,8 +136,7 @@ UnitChoice choose(const ScaledMerge& job, std::size_t row, std::size_t col, bool
   const Recipe& recipe = job.recipe;
   UnitChoice choice;
   if (job.given) {
-    choice.scale =
-        unit_of_stored(recipe, job.second_value, DType::f32, bits_as<std::uint32_t>(job.given_scale));
+    choice.scale = unit_of_stored(recipe, job.second_value, DType::f32, bits_as<std::uint32_t>(job.given_scale));
     return choice;
   }
   if (keeps(job)) {
@@ -152,8 +149,7 @@ UnitChoice choose(const ScaledMerge& job, std::size_t row, std::size_t col, bool
       if (recipe.codec == Codec::i4)
         kept = fits;
       else if (s.dtype == DType::f8_e8m0 || (recipe.rule == ScaleRule::ceil2 && is_power_of_two(scale)))
-        kept = static_cast<double>(amax) <=
-               (recipe.codec == Codec::f4 ? 6.0 : 448.0) * static_cast<double>(scale);
+        kept = static_cast<double>(amax) <= (recipe.codec == Codec::f4 ? 6.0 : 448.0) * static_cast<double>(scale);
     }
     if (kept) {
       choice.scale = unit_of_stored(recipe, job.second_value, s.dtype, stored);
@@ -174,8 +170,8 @@ void write_scale(const ScaledMerge& job, std::size_t row, std::size_t col, const
 }
 
 void copy_codes(const ScaledMerge& job, const Region& unit) {
-  const bool whole_bytes = bits_of(job.recipe.codec) == 8 ||
-                           (unit.col % 2 == 0 && (unit.cols % 2 == 0 || unit.col + unit.cols == job.cols));
+  const bool whole_bytes =
+      bits_of(job.recipe.codec) == 8 || (unit.col % 2 == 0 && (unit.cols % 2 == 0 || unit.col + unit.cols == job.cols));
   for (std::size_t r = unit.row; r < unit.row + unit.rows; ++r) {
     if (whole_bytes) {
       const std::size_t at = bytes_of(job.recipe.codec, unit.col);
