@@ -23,6 +23,41 @@ def norms(
     threads: int,
     isa: str | None,
 ) -> tuple[float, float, float, float]: ...
+def codecs() -> list[tuple[str, int]]: ...
+def scale_rules() -> list[str]: ...
+
+_Scales = tuple[int, int, int, int, int, int, int, int, float, int, int]
+_Matrix = tuple[int, int, int, _Scales | None]
+_Recipe = tuple[int, int, int, bool, bool, float, float, float]
+
+def merge_scaled(
+    *,
+    new_base: _Matrix,
+    terms: Sequence[tuple[_Matrix, _Matrix, float]],
+    rows: int,
+    cols: int,
+    out: tuple[int, int],
+    out_dtype: int | None = None,
+    recipe: _Recipe | None = None,
+    grid: tuple[int, int] = (0, 0),
+    out_scales: tuple[int, int] = (0, 0),
+    second: float = 1.0,
+    given: float | None = None,
+    keep: bool = False,
+    isa: str | None = None,
+    threads: int = 1,
+) -> tuple[int, int, int, bool, float, float, float]: ...
+def measure_scaled(
+    *,
+    new_base: _Matrix,
+    terms: Sequence[tuple[_Matrix, _Matrix, float]],
+    rows: int,
+    cols: int,
+    out_dtype: int | None = None,
+    recipe: _Recipe | None = None,
+    isa: str | None = None,
+    threads: int = 1,
+) -> tuple[int, int, int, bool, float, float, float]: ...
 
 ROW_BYTES: dict[str, int]
 

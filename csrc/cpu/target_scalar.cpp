@@ -9,6 +9,7 @@
 
 #include "core/codec.hpp"
 #include "cpu/exact.hpp"
+#include "cpu/scaled_exact.hpp"
 
 #define PARAMDELTA_TARGET PARAMDELTA_SCALAR
 #define PARAMDELTA_TARGET_NAMESPACE scalar
@@ -16,4 +17,5 @@
 // clang-format off: in this order
 #include "cpu/merge-inl.hpp"
 #include "cpu/norms-inl.hpp"
+#include "cpu/scaled-inl.hpp"
 // clang-format on

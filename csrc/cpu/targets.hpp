@@ -1,9 +1,12 @@
-// What each instruction set's translation unit provides: the loops of merge-inl.hpp and norms-inl.hpp, compiled for it.
+// What each instruction set's translation unit provides: the loops of merge-inl.hpp, norms-inl.hpp and scaled-inl.hpp,
+// compiled for it.
 #pragma once
 
 #include "core/expression.hpp"
+#include "core/scaled.hpp"
 #include "cpu/merge.hpp"
 #include "cpu/norms.hpp"
+#include "cpu/scaled_work.hpp"
 
 #if defined(__x86_64__)
 #define PARAMDELTA_X86 1
@@ -26,17 +29,20 @@ namespace scalar {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
+ScaledResult scaled_region(const ScaledMerge& job, ScaledWork& work);
 }  // namespace scalar
 #if PARAMDELTA_X86
 namespace avx2 {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
+ScaledResult scaled_region(const ScaledMerge& job, ScaledWork& work);
 }  // namespace avx2
 namespace avx512 {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
+ScaledResult scaled_region(const ScaledMerge& job, ScaledWork& work);
 }  // namespace avx512
 #endif
 

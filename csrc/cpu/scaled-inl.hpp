@@ -1,0 +1,260 @@
+// The way of a region of quantised matrices: values of a strip of units, their scales, their codes. Included once per
+// instruction set, inside its target region, by target_*.cpp, after merge-inl.hpp.
+
+namespace paramdelta::cpu::PARAMDELTA_TARGET_NAMESPACE {
+namespace {
+
+// clang-format off: each builds on the one before
+#include "cpu/scaled-values-inl.hpp"
+#include "cpu/quantise-inl.hpp"
+// clang-format on
+
+enum Way : unsigned char { kByLoops, kCopied, kLiteral };
+
+inline std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+// Units of cols columns side by side, all of the same rows. A unit wider than a tile is alone; its tiles share the
+// columns of work.largest and work.touched.
+struct Strip {
+  Region region;
+  std::size_t unit_cols;
+  std::size_t units;
+  bool kept;      // the values stay in work.kept
+  bool by_chunk;  // each chunk of columns is of one unit
+};
+
+inline float* values_at(const Strip& strip, ScaledWork& work, std::size_t row, std::size_t col) {
+  return strip.kept ? work.kept + row * rounded_up(strip.region.cols) + col : work.x;
+}
+
+inline Region unit_region(const Strip& strip, std::size_t u) {
+  const std::size_t col = u * strip.unit_cols;
+  return {strip.region.row, strip.region.col + col, strip.region.rows, least(strip.unit_cols, strip.region.cols - col)};
+}
+
+inline void find_values(const ScaledMerge& job, ScaledWork& work, const Strip& strip) {
+  const Region& region = strip.region;
+  const std::size_t tile = least(kTileCols, rounded_up(region.cols));
+  std::memset(work.largest, 0, tile * sizeof(work.largest[0]));
+  std::memset(work.touched, 0, tile * sizeof(work.touched[0]));
+  for (std::size_t r = 0; r < region.rows; ++r)
+    for (std::size_t c = 0; c < region.cols; c += kTileCols)
+      row_values(job, work, region.row + r, region.col + c, least(kTileCols, region.cols - c),
+                 values_at(strip, work, r, c));
+}
+
+// Whether every round(x / scale) of a unit of i4 is a code.
+inline bool fits_scale(const Strip& strip, ScaledWork& work, std::size_t u, float scale) {
+  const Region unit = unit_region(strip, u);
+  std::uint32_t out = 0;
+  for (std::size_t r = 0; r < unit.rows; ++r) {
+    const float* x = values_at(strip, work, r, u * strip.unit_cols);
+    for (std::size_t i = 0; i < unit.cols; ++i) {
+      const float steps = x[i] / scale;
+      out |= steps >= -8.5f ? 0u : 1u;
+      out |= steps < 7.5f ? 0u : 1u;
+    }
+  }
+  return out == 0;
+}
+
+// Decides for every unit of a strip; returns whether any is left to the loops.
+inline bool find_scales_of_units(const ScaledMerge& job, ScaledWork& work, const Strip& strip, double& reference,
+                                 ScaledResult& result) {
+  const bool keeping = keeps(job);
+  bool loops = false;
+  float top = 0.0f;
+  std::size_t filled = 0;
+  for (std::size_t u = 0; u < strip.units; ++u) {
+    const std::size_t begin = strip.units == 1 ? 0 : u * strip.unit_cols;
+    const std::size_t end = least(begin + strip.unit_cols, least(strip.region.cols, kTileCols));
+    const std::size_t place = strip.by_chunk ? begin / kChunk : begin;
+    const std::size_t last = strip.by_chunk ? (end + kChunk - 1) / kChunk : end;
+    std::uint32_t bits = 0, touched = 0;
+    for (std::size_t i = begin; i < end; ++i) bits = larger(bits, work.largest[i]);
+    for (std::size_t i = begin; i < end; ++i) touched |= work.touched[i];
+    UnitChoice choice;
+    work.way[u] = kLiteral;
+    const float amax = bits_as<float>(bits);
+    if (bits < 0x7F800000u) {
+      const Region unit = unit_region(strip, u);
+      const bool integers = keeping && touched != 0 && job.recipe.codec == Codec::i4;
+      bool fits = false;
+      if (integers && strip.kept && !work.measure) {
+        const Scales& s = job.new_base.scales;
+        fits = fits_scale(strip, work, u,
+                          decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, unit.row, unit.col))));
+      }
+      if (work.measure) {
+        work.way[u] = kByLoops;
+      } else if (!integers || strip.kept) {
+        choice = choose(job, unit.row, unit.col, touched != 0, amax, fits);
+        const std::uint32_t factor = bits_as<std::uint32_t>(choice.scale.factor) & 0x7FFFFFFFu;
+        if (factor != 0 && factor < 0x7F800000u) {
+          work.way[u] = choice.copied ? kCopied : kByLoops;
+          write_scale(job, unit.row, unit.col, choice);
+          loops = true;
+        }
+      }
+    }
+    const bool mine = work.way[u] != kLiteral;
+    if (mine) {
+      result.touched = result.touched || touched != 0;
+      if (amax > result.amax) result.amax = amax;
+    }
+    const float scale = mine ? choice.scale.scale : 0.0f;
+    if (scale > top) top = scale;
+    for (std::size_t k = place; k < last; ++k) {
+      work.factor[k] = mine ? choice.scale.factor : 1.0f;
+      work.weight[k] = scale;
+      work.error_weight[k] = work.way[u] == kByLoops ? scale : 0.0f;
+    }
+    filled = last;
+  }
+  for (const std::size_t end = least(filled + kStep, kTileCols); filled < end; ++filled) {  // columns of padding
+    work.factor[filled] = 1.0f;
+    work.weight[filled] = 0.0f;
+    work.error_weight[filled] = 0.0f;
+  }
+  // Relative to the largest scale, squares do not leave binary32's range.
+  const float relative = top > 0.0f ? 1.0f / top : 0.0f;
+  for (std::size_t k = 0; k < filled; ++k) work.weight[k] = work.weight[k] * relative;
+  for (std::size_t k = 0; k < filled; ++k) work.error_weight[k] = work.error_weight[k] * relative;
+  reference = static_cast<double>(top);
+  return loops;
+}
+
+inline void write_codes(const ScaledMerge& job, ScaledWork& work, const Strip& strip, double reference,
+                        ScaledResult& result) {
+  const Region& region = strip.region;
+  const Codec codec = job.recipe.codec;
+  double error = 0.0, value = 0.0;
+  std::memset(work.error, 0, sizeof(work.error));
+  std::memset(work.value, 0, sizeof(work.value));
+  if (region.cols > kTileCols)  // one unit: the same everywhere
+    for (std::size_t k = 1; k < kTileCols; ++k) {
+      work.factor[k] = work.factor[0];
+      work.weight[k] = work.weight[0];
+      work.error_weight[k] = work.error_weight[0];
+    }
+  for (std::size_t r = 0; r < region.rows; ++r) {
+    unsigned char* out = static_cast<unsigned char*>(job.out) +
+                         static_cast<std::ptrdiff_t>(region.row + r) * job.out_pitch + bytes_of(codec, region.col);
+    for (std::size_t c = 0; c < region.cols; c += kTileCols) {
+      const std::size_t n = least(kTileCols, region.cols - c);
+      float* x = values_at(strip, work, r, c);
+      if (!strip.kept) row_values(job, work, region.row + r, region.col + c, n, x);
+      encode_row(job.recipe, x, work, rounded_up(n), strip.by_chunk);
+      if (bits_of(codec) == 4 && n % 2 != 0) work.out[n / 2] &= 15u;
+      std::memcpy(out + bytes_of(codec, c), work.out, bytes_of(codec, n));
+    }
+  }
+  for (std::size_t i = 0; i < kChunk; ++i) {
+    error = error + static_cast<double>(work.error[i]);
+    value = value + static_cast<double>(work.value[i]);
+  }
+  result.error_squared += error * reference * reference;
+  result.value_squared += value * reference * reference;
+}
+
+inline void do_strip(const ScaledMerge& job, ScaledWork& work, const Strip& strip, ScaledResult& result) {
+  double reference = 0.0;
+  find_values(job, work, strip);
+  if (find_scales_of_units(job, work, strip, reference, result)) write_codes(job, work, strip, reference, result);
+  for (std::size_t u = 0; u < strip.units; ++u) {
+    if (work.way[u] == kCopied) copy_codes(job, unit_region(strip, u));
+    if (work.way[u] == kLiteral)
+      unit_exact(job, unit_region(strip, u), work.measure ? Effect::measure : Effect::write, result);
+  }
+}
+
+// Whether a chunk of columns, counted from a multiple of kChunk, always has one scale.
+inline bool chunked(const Matrix& matrix) {
+  const Scales& s = matrix.scales;
+  if (matrix.data == nullptr || s.data == nullptr || s.cols == 0) return true;
+  return s.cols % kChunk == 0 && s.col_phase % kChunk == 0;
+}
+
+inline bool all_chunked(const ScaledMerge& job) {
+  bool all = chunked(job.new_base);
+  for (std::size_t t = 0; t < job.n_terms; ++t) all = all && chunked(job.terms[t].post) && chunked(job.terms[t].base);
+  return all;
+}
+
+inline bool any_of_bits(const ScaledMerge& job, int bits) {
+  bool any = bits_of(job.new_base.codec) == bits;
+  for (std::size_t t = 0; t < job.n_terms; ++t)
+    any = any || bits_of(job.terms[t].post.codec) == bits || bits_of(job.terms[t].base.codec) == bits;
+  return any;
+}
+
+void quantised_region(const ScaledMerge& job, ScaledWork& work, ScaledResult& result) {
+  // Where no amax decides, the region is cut as suits the loops.
+  const bool free = job.given || work.measure;
+  const std::size_t unit_rows = free ? 64 : job.grid_rows == 0 ? job.rows : least(job.grid_rows, job.rows);
+  const std::size_t unit_cols = free ? kTileCols : job.grid_cols == 0 ? job.cols : least(job.grid_cols, job.cols);
+  std::size_t width = unit_cols <= kTileCols ? kTileCols / unit_cols * unit_cols : unit_cols;
+  if (width % 2 != 0 && width > unit_cols) width -= unit_cols;
+  const bool starts_in_bytes = width % 2 != 0 && width < job.cols;
+  const bool nibbles = any_of_bits(job, 4) || bits_of(job.recipe.codec) == 4;
+  const bool literal = any_of_bits(job, 64) || (starts_in_bytes && nibbles);
+  work.by_chunk = all_chunked(job) && (width % kChunk == 0 || width >= job.cols);
+  for (std::size_t row = 0; row < job.rows; row += unit_rows) {
+    for (std::size_t col = 0; col < job.cols; col += width) {
+      Strip strip;
+      strip.region = {row, col, least(unit_rows, job.rows - row), least(width, job.cols - col)};
+      strip.unit_cols = unit_cols;
+      strip.units = (strip.region.cols + unit_cols - 1) / unit_cols;
+      strip.kept = strip.region.rows * rounded_up(strip.region.cols) <= kKept;
+      strip.by_chunk = unit_cols % kChunk == 0 || strip.units == 1;
+      if (!literal) {
+        do_strip(job, work, strip, result);
+        continue;
+      }
+      for (std::size_t u = 0; u < strip.units; ++u)
+        unit_exact(job, unit_region(strip, u), work.measure ? Effect::measure : Effect::write, result);
+    }
+  }
+}
+
+void plain_region(const ScaledMerge& job, ScaledWork& work, ScaledResult& result) {
+  const Effect effect = work.measure ? Effect::measure : Effect::write;
+  const std::size_t size = size_of(job.out_dtype);
+  const bool literal = any_of_bits(job, 64);
+  work.by_chunk = all_chunked(job);
+  for (std::size_t r = 0; r < job.rows; ++r) {
+    for (std::size_t c = 0; c < job.cols; c += kTileCols) {
+      const std::size_t n = least(kTileCols, job.cols - c), steps = rounded_up(n);
+      bool again = literal;
+      std::uint32_t touched = 0;
+      if (!literal) {
+        std::memset(work.touched, 0, sizeof(work.touched));
+        row_values(job, work, r, c, n, nullptr);
+        for (std::size_t i = n; i < steps; ++i) work.acc[i] = 0.0;
+        again = encode_to(job.out_dtype, work.acc, work.out, steps);
+        for (std::size_t i = 0; i < steps; ++i) touched |= work.touched[i];
+      }
+      if (again) {
+        plain_exact(job, {r, c, 1, n}, effect, result);
+        continue;
+      }
+      result.touched = result.touched || touched != 0;
+      if (effect == Effect::write)
+        std::memcpy(static_cast<unsigned char*>(job.out) + static_cast<std::ptrdiff_t>(r) * job.out_pitch + c * size,
+                    work.out, n * size);
+    }
+  }
+}
+
+}  // namespace
+
+ScaledResult scaled_region(const ScaledMerge& job, ScaledWork& work) {
+  ScaledResult result;
+  if (job.quantised)
+    quantised_region(job, work, result);
+  else
+    plain_region(job, work, result);
+  return result;
+}
+
+}  // namespace paramdelta::cpu::PARAMDELTA_TARGET_NAMESPACE

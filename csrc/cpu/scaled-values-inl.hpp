@@ -1,0 +1,203 @@
+// Merged values of a row of quantised matrices: decode, scale, add up, round to binary32 or bf16. Included like
+// tile-inl.hpp, by scaled-inl.hpp. Loops take a multiple of kStep columns.
+
+// kBlock codes of eight or four bits as binary32, which holds every one of their values.
+template <Codec C>
+inline void codes_to_floats(const unsigned char* in, float* out) {
+  if constexpr (C == Codec::f8_e4m3fnuz || C == Codec::f8_e5m2fnuz) {
+    constexpr int mantissa = C == Codec::f8_e4m3fnuz ? 3 : 2;
+    constexpr int bias = C == Codec::f8_e4m3fnuz ? 8 : 16;
+    const float rebias = bits_as<float>(static_cast<std::uint32_t>(127 + 127 - bias) << 23);
+    for (std::size_t i = 0; i < kBlock; ++i) {
+      const std::uint32_t code = in[i];
+      const float value = bits_as<float>((code & 0x7Fu) << (23 - mantissa)) * rebias;
+      const std::uint32_t nan = code == 0x80u ? 0x7FC00000u : 0u;
+      out[i] = bits_as<float>(bits_as<std::uint32_t>(value) | ((code & 0x80u) << 24) | nan);
+    }
+  } else {
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+    // A register holds the 16 values. Of a byte b in 64 bits, b | b << 28 has its halves in the low 4 bits of each 32.
+    const __m512 table = C == Codec::f4 ? _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f,
+                                                         -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f)
+                                        : _mm512_setr_ps(-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f, 0.0f,
+                                                         1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f, 7.0f);
+    for (std::size_t i = 0; i < kBlock / 2; i += 8) {
+      const __m512i wide = _mm512_maskz_cvtepu8_epi64(0xFF, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i)));
+      const __m512i index = _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
+      _mm512_storeu_ps(out + 2 * i, _mm512_permutexvar_ps(index, table));
+    }
+#else
+    const float rebias = bits_as<float>(static_cast<std::uint32_t>(127 + 126) << 23);
+    for (std::size_t i = 0; i < kBlock / 2; ++i) {
+      const std::uint32_t byte = in[i], low = byte & 15u, high = byte >> 4;
+      if constexpr (C == Codec::f4) {
+        out[2 * i] = bits_as<float>(((low & 7u) << 22) | ((low & 8u) << 28)) * rebias;
+        out[2 * i + 1] = bits_as<float>(((high & 7u) << 22) | ((high & 8u) << 28)) * rebias;
+      } else {
+        out[2 * i] = static_cast<float>(static_cast<int>(low) - 8);
+        out[2 * i + 1] = static_cast<float>(static_cast<int>(high) - 8);
+      }
+    }
+#endif
+  }
+}
+
+template <Codec C>
+inline void codes_to_row(const unsigned char* in, float* out, std::size_t n) {
+  constexpr std::size_t bytes = kBlock * static_cast<std::size_t>(bits_of(C)) / 8;
+  for (std::size_t i = 0; i < n; i += kBlock) codes_to_floats<C>(in + i / kBlock * bytes, out + i);
+}
+
+// The codes of `n` columns from column c of row r on, an even one where two share a byte, before their scales.
+inline void decode_row(const Plane& plane, std::size_t r, std::size_t c, std::size_t n, unsigned char* buffer,
+                       float* out) {
+  const Matrix& matrix = *plane.matrix;
+  const std::size_t steps = rounded_up(n);
+  if (matrix.data == nullptr) {
+    std::memset(out, 0, steps * sizeof(float));
+    return;
+  }
+  const unsigned char* data = static_cast<const unsigned char*>(matrix.data) +
+                              static_cast<std::ptrdiff_t>(r) * matrix.pitch + bytes_of(matrix.codec, c);
+  if (n != steps) {
+    const std::size_t bytes = bytes_of(matrix.codec, n);
+    std::memcpy(buffer, data, bytes);
+    std::memset(buffer + bytes, 0, bytes_of(matrix.codec, steps) - bytes);
+    data = buffer;
+  }
+  switch (matrix.codec) {
+    case Codec::bf16: return decode_tile<DType::bf16>(data, out, steps);
+    case Codec::f16: return decode_tile<DType::f16>(data, out, steps);
+    case Codec::f8_e4m3: return decode_tile<DType::f8_e4m3>(data, out, steps);
+    case Codec::f8_e5m2: return decode_tile<DType::f8_e5m2>(data, out, steps);
+    case Codec::f8_e4m3fnuz: return codes_to_row<Codec::f8_e4m3fnuz>(data, out, steps);
+    case Codec::f8_e5m2fnuz: return codes_to_row<Codec::f8_e5m2fnuz>(data, out, steps);
+    case Codec::f4: return codes_to_row<Codec::f4>(data, out, steps);
+    case Codec::i4: return codes_to_row<Codec::i4>(data, out, steps);
+    default: return decode_tile<DType::f32>(data, out, steps);
+  }
+}
+
+// With zero points: adds 8 − zero point, exactly, to the codes of a row.
+inline void apply_zero_points(Plane& plane, std::size_t r, std::size_t c, std::size_t n, float* codes) {
+  const Scales& s = plane.matrix->scales;
+  const std::size_t row = r + s.row_phase;
+  const Code32* words = static_cast<const Code32*>(s.zero_points) + static_cast<std::ptrdiff_t>(row / 8) * s.zero_pitch;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::size_t cell = s.cols == 0 ? 0 : (c + i + s.col_phase) / s.cols;
+    plane.zeros[i] = static_cast<float>(8 - static_cast<int>((words[cell] >> (row % 8 * 4)) & 15u));
+  }
+  for (std::size_t i = 0; i < n; ++i) codes[i] = codes[i] + plane.zeros[i];
+}
+
+inline double scale_at(const Plane& plane, std::ptrdiff_t i) {
+  const Scales& s = plane.matrix->scales;
+  if (plane.bytes) return plane.table[static_cast<const Code8*>(s.data)[i]];
+  return value_scale(s.second, s.second_value, decode_scale(s.dtype, load_scale(s.dtype, s.data, i)));
+}
+
+// The scales of `n` columns from column c of row r on: one for each chunk, or one for each column.
+inline void find_scales(Plane& plane, std::size_t r, std::size_t c, std::size_t n, bool by_chunk) {
+  const Scales& s = plane.matrix->scales;
+  if (s.data == nullptr || plane.matrix->data == nullptr) return;
+  const std::size_t grid_row = s.rows == 0 ? 0 : (r + s.row_phase) / s.rows;
+  if (plane.grid_row == grid_row && plane.first == c && plane.count == n) return;
+  plane.grid_row = grid_row;
+  plane.first = c;
+  plane.count = n;
+  const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(grid_row) * s.pitch;
+  const std::size_t step = by_chunk ? kChunk : 1;
+  const std::size_t places = (n + step - 1) / step;
+  const std::size_t start = c + s.col_phase;
+  if (s.cols == step) {  // a scale for each place
+    const std::ptrdiff_t first = row + static_cast<std::ptrdiff_t>(start / s.cols);
+    if (plane.bytes) {
+      const Code8* bytes = static_cast<const Code8*>(s.data) + first;
+      for (std::size_t k = 0; k < places; ++k) plane.scales[k] = plane.table[bytes[k]];
+    } else {
+      for (std::size_t k = 0; k < places; ++k)
+        plane.scales[k] = scale_at(plane, first + static_cast<std::ptrdiff_t>(k));
+    }
+    return;
+  }
+  for (std::size_t k = 0; k < places;) {
+    const std::size_t at = start + k * step;
+    const std::size_t cell = s.cols == 0 ? 0 : at / s.cols;
+    std::size_t end = places;
+    if (s.cols != 0 && ((cell + 1) * s.cols - start) / step < places) end = ((cell + 1) * s.cols - start) / step;
+    const double scale = scale_at(plane, row + static_cast<std::ptrdiff_t>(cell));
+    for (; k < end; ++k) plane.scales[k] = scale;
+  }
+}
+
+inline void read_row(Plane& plane, std::size_t r, std::size_t c, std::size_t n, ScaledWork& work, float* out) {
+  decode_row(plane, r, c, n, work.padded, out);
+  if (plane.matrix->scales.zero_points != nullptr && plane.matrix->codec == Codec::i4 && plane.matrix->data != nullptr)
+    apply_zero_points(plane, r, c, n, out);
+  find_scales(plane, r, c, n, work.by_chunk);
+}
+
+// acc = code · scale, exactly. kPlaces: columns that share a scale.
+template <std::size_t kPlaces>
+inline void start_row(const float* codes, const double* scales, double* acc, std::size_t n) {
+  for (std::size_t k = 0; k < n / kPlaces; ++k)
+    for (std::size_t i = k * kPlaces; i < (k + 1) * kPlaces; ++i) acc[i] = static_cast<double>(codes[i]) * scales[k];
+}
+
+// acc += alpha · (post − base), as add_term_tile(), of scaled operands; notes which columns a delta touches.
+template <std::size_t kPlaces>
+inline void add_row(const float* post, const double* post_scales, const float* base, const double* base_scales,
+                    double alpha, double* acc, std::uint32_t* touched, std::size_t n) {
+  for (std::size_t k = 0; k < n / kPlaces; ++k) {
+    const double p = post_scales[k], b = base_scales[k];
+    for (std::size_t i = k * kPlaces; i < (k + 1) * kPlaces; ++i) {
+      const double delta = static_cast<double>(post[i]) * p - static_cast<double>(base[i]) * b;
+      const double product = alpha * delta;
+      acc[i] = acc[i] + (delta == 0.0 ? -0.0 : product);
+      touched[i] |= delta == 0.0 ? 0u : 1u;
+    }
+  }
+}
+
+// x = acc rounded once. Whatever is not finite has all bits of the exponent set, and the literal path looks at it.
+inline void round_row(const double* acc, bool to_bf16, float* x, std::uint32_t* largest, std::size_t n) {
+  if (to_bf16) {
+    for (std::size_t i = 0; i < n; ++i) {
+      const double magnitude = bits_as<double>(bits_as<std::uint64_t>(acc[i]) & ~(std::uint64_t{1} << 63));
+      const std::uint64_t code = magnitude < Format<DType::bf16>::limit ? narrow<DType::bf16>(acc[i]) : 0x7F80u;
+      x[i] = bits_as<float>(static_cast<std::uint32_t>(code) << 16);
+    }
+  } else {
+    for (std::size_t i = 0; i < n; ++i) x[i] = static_cast<float>(acc[i]);
+  }
+  for (std::size_t i = 0; i < n; ++i) largest[i] = larger(largest[i], bits_as<std::uint32_t>(x[i]) & 0x7FFFFFFFu);
+}
+
+// The merged values of `n` columns from column c of row r on: as binary64 in work.acc where `x` is null, else rounded
+// in `x`. Columns up to the next multiple of kStep become zeros.
+inline void row_values(const ScaledMerge& job, ScaledWork& work, std::size_t r, std::size_t c, std::size_t n,
+                       float* x) {
+  const std::size_t steps = rounded_up(n);
+  read_row(work.new_base, r, c, n, work, work.next);
+  if (work.by_chunk)
+    start_row<kChunk>(work.next, work.new_base.scales, work.acc, steps);
+  else
+    start_row<1>(work.next, work.new_base.scales, work.acc, steps);
+  for (std::size_t t = 0; t < job.n_terms; ++t) {
+    Plane& post = work.terms[2 * t];
+    Plane& base = work.terms[2 * t + 1];
+    read_row(post, r, c, n, work, work.post);
+    read_row(base, r, c, n, work, work.base);
+    const double alpha = job.terms[t].alpha;
+    if (work.by_chunk)
+      add_row<kChunk>(work.post, post.scales, work.base, base.scales, alpha, work.acc, work.touched, steps);
+    else
+      add_row<1>(work.post, post.scales, work.base, base.scales, alpha, work.acc, work.touched, steps);
+  }
+  if (x != nullptr) round_row(work.acc, job.recipe.values_bf16, x, work.largest, steps);
+  for (std::size_t i = n; i < steps; ++i) {
+    work.touched[i] = 0;
+    work.largest[i] = 0;
+    if (x != nullptr) x[i] = 0.0f;
+  }
+}
