@@ -81,7 +81,7 @@ inline void decode_row(const Plane& plane, std::size_t r, std::size_t c, std::si
 // With zero points: adds 8 − zero point, exactly, to the codes of a row.
 inline void apply_zero_points(Plane& plane, std::size_t r, std::size_t c, std::size_t n, float* codes) {
   const Scales& s = plane.matrix->scales;
-  const std::size_t row = r + s.row_phase;
+  const std::size_t row = r + s.zero_phase;
   const Code32* words = static_cast<const Code32*>(s.zero_points) + static_cast<std::ptrdiff_t>(row / 8) * s.zero_pitch;
   for (std::size_t i = 0; i < n; ++i) {
     const std::size_t cell = s.cols == 0 ? 0 : (c + i + s.col_phase) / s.cols;

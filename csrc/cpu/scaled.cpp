@@ -61,20 +61,15 @@ Matrix rows_from(Matrix matrix, std::size_t first) {
   if (matrix.data == nullptr) return matrix;
   matrix.data = static_cast<const unsigned char*>(matrix.data) + static_cast<std::ptrdiff_t>(first) * matrix.pitch;
   Scales& s = matrix.scales;
-  std::size_t row = s.row_phase + first;
-  if (s.data != nullptr && s.rows != 0) {
-    // Whole rows of the grid go into the pointers, in steps of 8 for the zero points that share a word.
-    const std::size_t step = s.zero_points == nullptr ? s.rows : static_cast<std::size_t>(s.rows) * 8;
-    const std::size_t steps = row / step;
-    const std::ptrdiff_t grid_rows = static_cast<std::ptrdiff_t>(steps * (step / s.rows));
+  const std::size_t row = s.row_phase + first, zero_row = s.zero_phase + first;
+  s.row_phase = static_cast<std::uint32_t>(s.rows == 0 ? 0 : row % s.rows);
+  s.zero_phase = static_cast<std::uint32_t>(zero_row % 8);
+  if (s.data != nullptr && s.rows != 0)  // whole rows of the grid go into the pointers
     s.data = static_cast<const unsigned char*>(s.data) +
-             grid_rows * s.pitch * static_cast<std::ptrdiff_t>(scale_size(s.dtype));
-    if (s.zero_points != nullptr)
-      s.zero_points = static_cast<const unsigned char*>(s.zero_points) +
-                      static_cast<std::ptrdiff_t>(steps * (step / 8)) * s.zero_pitch * 4;
-    row -= steps * step;
-  }
-  s.row_phase = static_cast<std::uint32_t>(row);
+             static_cast<std::ptrdiff_t>(row / s.rows * scale_size(s.dtype)) * s.pitch;
+  if (s.zero_points != nullptr)
+    s.zero_points = static_cast<const unsigned char*>(s.zero_points) +
+                    static_cast<std::ptrdiff_t>(zero_row / 8 * sizeof(std::uint32_t)) * s.zero_pitch;
   return matrix;
 }
 

@@ -36,7 +36,7 @@ Value value_at(const Matrix& matrix, std::size_t r, std::size_t c) {
     v.scale =
         value_scale(s.second, s.second_value, decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, r, c))));
   if (matrix.codec == Codec::i4 && s.zero_points != nullptr) {
-    const std::size_t row = r + s.row_phase, col = s.cols == 0 ? 0 : (c + s.col_phase) / s.cols;
+    const std::size_t row = r + s.zero_phase, col = s.cols == 0 ? 0 : (c + s.col_phase) / s.cols;
     const std::ptrdiff_t word = static_cast<std::ptrdiff_t>(row / 8) * s.zero_pitch + static_cast<std::ptrdiff_t>(col);
     v.zero = static_cast<int>(load_scale(DType::f32, s.zero_points, word) >> (row % 8 * 4) & 15u);
   }
