@@ -19,6 +19,7 @@ from paramdelta.errors import (
     OperandTypeError,
     ParamDeltaError,
     PlanError,
+    PrecisionError,
     StorageError,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "OperandTypeError",
     "ParamDeltaError",
     "PlanError",
+    "PrecisionError",
     "StorageError",
     "__version__",
     "merge",

@@ -78,17 +78,23 @@ class StorageError(ParamDeltaError, OSError):
         return str(self.args[-1])
 
 
-class NonFiniteError(ParamDeltaError, ArithmeticError):
-    """The merge finished, but results are NaN, infinite or overflowed; nothing was published.
-
-    ``report`` is the MergeReport; its ``nonfinite`` lists every tensor concerned.
-    """
+class NotPublishedError(ParamDeltaError, ArithmeticError):
+    """The merge finished, but its result is not what was asked for; nothing was published. ``report`` is the
+    MergeReport."""
 
     exit_code = EXIT_NOT_PUBLISHED
 
     def __init__(self, text: str, report: Any = None) -> None:
         self.report = report
         super().__init__(text)
+
+
+class NonFiniteError(NotPublishedError):
+    """Results are NaN, infinite or overflowed. The report's ``nonfinite`` lists every tensor concerned."""
+
+
+class PrecisionError(NotPublishedError):
+    """Requantising lost more than ``max_quant_error``. The report's ``quantised`` lists the tensors that lost most."""
 
 
 class BackendError(ParamDeltaError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramdelta import engine
-from paramdelta.errors import Complaint, InputError, NonFiniteError, StorageError, shown
+from paramdelta.errors import Complaint, InputError, NonFiniteError, PrecisionError, StorageError, shown
 from paramdelta.publish import Staging, write_files
-from paramdelta.report import MergeReport, NonFinite
+from paramdelta.report import MergeReport, NonFinite, Quantised
 
 if TYPE_CHECKING:
     from paramdelta.plan import MergeRequest, Plan
 
 # A merge that fills the last byte of a file system leaves no room for its own metadata.
 _SPARE_BYTES = 16 << 20
+_MOST_LISTED = 20
 
 
 def merge(
@@ -46,8 +48,9 @@ def merge(
     threads, memory, isa : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
     on_progress : called with (bytes read, bytes written) about ten times a second
     **policies : the fields of :class:`paramdelta.plan.MergeRequest`: ``alpha``, ``include``, ``exclude``,
-        ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``dtype``,
-        ``max_shard_size``, ``allow_unscaled``, ``allow_nonfinite``, ``overwrite``
+        ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``dtype``, ``format``,
+        ``block_size``, ``scale_type``, ``no_quantise``, ``scale_policy``, ``activation_scales``, ``max_shard_size``,
+        ``allow_unscaled``, ``allow_nonfinite``, ``max_quant_error``, ``overwrite``
 
     Returns
     -------
@@ -60,6 +63,8 @@ def merge(
     NonFiniteError
         Results are NaN, infinite or overflowed and ``allow_nonfinite`` was not given. Nothing was published;
         ``report`` lists the tensors.
+    PrecisionError
+        Requantising lost more of a tensor than ``max_quant_error``, as ‖q − merged‖ / ‖merged‖. Nothing was published.
     StorageError
         Reading or writing failed. Nothing was published.
 
@@ -109,8 +114,9 @@ def run_merge(
         write_files(staging.folder, plan.written_files())
         outputs = engine.create_outputs(plan.work, staging.folder)
         result = engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress)
-        nonfinite = _nonfinite(plan, result)
-        publishable = not nonfinite or request.allow_nonfinite
+        nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
+        lossy = _too_lossy(quantised, request.max_quant_error)
+        publishable = (not nonfinite or request.allow_nonfinite) and not lossy
         if publishable:
             staging.publish(overwrite=request.overwrite)
     report = MergeReport(
@@ -128,9 +134,12 @@ def run_merge(
         policies=plan.policies,
         warnings=plan.warnings,
         nonfinite=nonfinite,
+        quantised=quantised,
     )
-    if not publishable:
+    if nonfinite and not request.allow_nonfinite:
         raise NonFiniteError(_nonfinite_text(nonfinite), report)
+    if lossy:
+        raise PrecisionError(lossy, report)
     return report
 
 
@@ -139,6 +148,43 @@ def _check_space(plan: Plan, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(f"{folder}: the output needs {needed:,} bytes, but only {free:,} are free")
+
+
+def losses(plan: Plan, result: engine.RunResult) -> tuple[Quantised, ...]:
+    """Return what quantising lost, by format. A tensor of zeros that stayed zeros lost nothing."""
+    found: dict[str, list[engine.TensorLoss]] = {}
+    for loss in result.losses:
+        format_ = plan.format_of(loss.tensor)
+        if format_ is not None:
+            found.setdefault(format_.name, []).append(loss)
+    made = []
+    for name, rows in found.items():
+        errors = sorted(((_relative(r.error_squared, r.value_squared), r.tensor) for r in rows), reverse=True)
+        total = _relative(sum(r.error_squared for r in rows), sum(r.value_squared for r in rows))
+        worst = tuple((plan.names[tensor], error) for error, tensor in errors[:_MOST_LISTED])
+        made.append(Quantised(format=name, tensors=len(rows), relative_error=total, worst=worst))
+    return tuple(made)
+
+
+def _relative(error_squared: float, value_squared: float) -> float:
+    if error_squared == 0.0:
+        return 0.0
+    return math.sqrt(error_squared / value_squared) if value_squared > 0.0 else math.inf
+
+
+def _too_lossy(quantised: tuple[Quantised, ...], limit: float | None) -> str:
+    """Return what is wrong where a tensor lost more than ``limit``, an empty string where none did."""
+    rows = [(name, error) for q in quantised for name, error in q.worst if limit is not None and error > limit]
+    if not rows:
+        return ""
+    lines = [f"  {shown(name)}: {error:.3%}" for name, error in rows]
+    return "\n".join(
+        [
+            f"requantising lost more than {limit:.3%} of a tensor's norm; nothing was published. The worst:",
+            *lines,
+            "    → --format bf16 loses less; a larger --max-quant-error publishes the folder as it is",
+        ]
+    )
 
 
 def _nonfinite(plan: Plan, result: engine.RunResult) -> tuple[NonFinite, ...]:

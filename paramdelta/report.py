@@ -23,6 +23,17 @@ class NonFinite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """What quantising lost in all tensors of one format: ‖q − merged‖ / ‖merged‖, where q is what the output decodes to
+    and merged the value before. ``worst`` are (tensor, relative error), the largest first."""
+
+    format: str
+    tensors: int
+    relative_error: float
+    worst: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeReport:
     """The outcome of one merge.
 
@@ -45,6 +56,7 @@ class MergeReport:
     policies: dict[str, Any]
     warnings: tuple[str, ...]
     nonfinite: tuple[NonFinite, ...]
+    quantised: tuple[Quantised, ...] = ()
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -52,6 +52,7 @@ def cli() -> None:
 @options.policies
 @options.machine
 @click.option("--allow-nonfinite", is_flag=True, help="Publish even with NaN, Inf or overflow in the result.")
+@click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
 @options.output
 def merge(as_json: bool, quiet: bool, threads: int | None, memory: str | None, isa: str | None, **request: Any) -> None:

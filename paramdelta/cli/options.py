@@ -90,6 +90,7 @@ def policies(function: F) -> F:
                 show_default=True,
                 help="Where vocabularies differ in size: an error, or as many rows as the larger of post and new_base.",
             ),
+            *_formats(),
             click.option(
                 "--max-shard-size",
                 metavar="SIZE",
@@ -98,6 +99,37 @@ def policies(function: F) -> F:
             click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers."),
         ],
     )
+
+
+def _formats() -> list[Callable[[F], F]]:
+    """Return the options about quantised weights."""
+    return [
+        click.option(
+            "--format",
+            metavar="F",
+            help="Store weights as F: like-post, bf16, f16, f32, fp8-block, fp8-channel, fp8-tensor, mxfp8, mxfp4, "
+            "nvfp4, int4. Default: each as in new_base.",
+        ),
+        click.option("--block-size", metavar="RxC", help="Elements per scale, for --format fp8-block or int4."),
+        click.option("--scale-type", metavar="T", help="Type of new scales: f32, bf16, ue8m0 or e8m0."),
+        click.option(
+            "--no-quantise", multiple=True, metavar="GLOB", help="Leave tensors that match plain under --format."
+        ),
+        click.option(
+            "--scale-policy",
+            type=click.Choice(["keep", "recompute"]),
+            default="keep",
+            show_default=True,
+            help="Keep new_base's scales where no delta touches them or they still fit, or compute all anew.",
+        ),
+        click.option(
+            "--activation-scales",
+            type=click.Choice(["post", "new-base", "drop"]),
+            default="post",
+            show_default=True,
+            help="Where calibrated activation and KV scales come from; drop makes the config dynamic.",
+        ),
+    ]
 
 
 def machine(function: F) -> F:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from paramdelta.verification import VerifyReport
 
 _PROBE_BYTES = 256 << 20
+_WORST_SHOWN = 5
 
 
 def merge_inputs(
@@ -68,7 +69,20 @@ def merge_report(report: MergeReport) -> None:
     ]
     if report.nonfinite:
         rows.append(("not finite", f"{count(len(report.nonfinite), 'tensor')} (allowed)"))
+    if report.policies.get("formats"):
+        rows.append(("formats", ", ".join(f"{n:,} {name}" for name, n in report.policies["formats"].items())))
     print_table("merged", rows)
+    if report.quantised:
+        _quantised_table(report)
+
+
+def _quantised_table(report: MergeReport) -> None:
+    """Print what quantising lost: each format, then its worst tensors."""
+    rows = []
+    for q in report.quantised:
+        rows.append((q.format, f"all {count(q.tensors, 'tensor')}", f"{q.relative_error:.3%}"))
+        rows += [("", name, f"{error:.3%}") for name, error in q.worst[:_WORST_SHOWN]]
+    print_columns("lost by quantising: ‖q − merged‖ / ‖merged‖", ("format", "tensor", "error"), rows)
 
 
 def tensor_summary(policies: dict[str, Any]) -> str:
@@ -85,6 +99,8 @@ def plan(plan: Plan) -> None:
         ("reads", human_bytes(plan.bytes_read)),
         ("writes", f"{human_bytes(plan.bytes_written)} in {count(len(plan.work.outputs), 'file')}"),
     ]
+    if plan.policies.get("formats"):
+        rows.append(("formats", ", ".join(f"{n:,} {name}" for name, n in plan.policies["formats"].items())))
     bound = lower_bound(plan)
     if bound is not None:
         rows.append(("at least", bound))

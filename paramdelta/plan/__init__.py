@@ -18,6 +18,7 @@ from paramdelta import JSON_VERSION
 from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
 from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, PlanError
+from paramdelta.formats import Format
 from paramdelta.plan.choice import Stored, choose
 from paramdelta.plan.config import MergedConfig, merge_config
 from paramdelta.plan.layout import Layout, Tables, lay_out
@@ -91,6 +92,12 @@ class Plan:
     def shape_of(self, tensor: int) -> tuple[int, ...]:
         """Return the shape of an output tensor."""
         return self.layout.outputs.shapes[int(self.layout.order[tensor])]
+
+    def format_of(self, tensor: int) -> Format | None:
+        """Return the format of the weight whose codes an output tensor holds, None for any other tensor."""
+        i = int(self.layout.order[tensor])
+        outputs = self.layout.outputs
+        return self.stored.formats[outputs.logical[i]] if outputs.parts[i] == "codes" else None
 
     def nbytes_of(self, tensor: int) -> int:
         """Return the bytes of an output tensor."""

@@ -30,7 +30,7 @@ def choose(
     request: MergeRequest, pairing: Pairing, post: Names, base: Names, new_base: Names, wrong: list[Complaint]
 ) -> Stored:
     """Choose how each tensor of ``pairing`` is stored. By default as new_base stores it, or post what only post has."""
-    chooser = _Chooser(request, pairing, post, base, new_base)
+    chooser = _Chooser(request, pairing, post, base, new_base, wrong)
     stored = chooser.run()
     methods = sorted({f.method for f in stored.formats if f is not None})
     if len(methods) > 1:
@@ -45,8 +45,16 @@ def choose(
 
 
 class _Chooser:
-    def __init__(self, request: MergeRequest, pairing: Pairing, post: Names, base: Names, new_base: Names) -> None:
-        self.request, self.pairing = request, pairing
+    def __init__(
+        self,
+        request: MergeRequest,
+        pairing: Pairing,
+        post: Names,
+        base: Names,
+        new_base: Names,
+        wrong: list[Complaint],
+    ) -> None:
+        self.request, self.pairing, self.wrong = request, pairing, wrong
         self.post, self.base, self.new_base = post, base, new_base
         self.never = matcher((*_NEVER, *request.no_quantise))
         self.excluded = matcher(request.no_quantise)
@@ -87,7 +95,11 @@ class _Chooser:
     def named(self, name: str) -> tuple[list[Format | None], Names | None]:
         """Choose tensors for ``--format NAME``: those that a checkpoint stores so already; else those that any stores
         quantised; else every matrix that is no embedding, head, norm or router."""
-        template = output_format(name, block=self.request.block_size, scale=self.request.scale_type)
+        try:
+            template = output_format(name, block=self.request.block_size, scale=self.request.scale_type)
+        except ValueError as error:
+            self.wrong.append(Complaint("--format", str(error)))
+            return [None] * len(self.pairing.names), None
         count = range(len(self.pairing.names))
         sources = (self.new_base, self.post, self.base)
         if self.request.block_size is None and self.request.scale_type is None:
@@ -97,7 +109,17 @@ class _Chooser:
                     return [f if self.allowed(i) else None for i, f in enumerate(found)], names
         quantised = [any(self.in_checkpoint(names, i) for names in sources) for i in count]
         chosen = quantised if any(quantised) else [self.linear(i) for i in count]
-        return [self.fitted(template, i) if chosen[i] and self.allowed(i) else None for i in count], None
+        made = [self.fitted(template, i) if chosen[i] and self.allowed(i) else None for i in count]
+        if not any(made):
+            self.wrong.append(
+                Complaint(
+                    "--format",
+                    f"no tensor can be stored as {name}: of {sum(chosen):,} weights of linear layers, none goes in "
+                    f"whole groups of {template.cols}",
+                    "choose another format",
+                )
+            )
+        return made, None
 
     def allowed(self, i: int) -> bool:
         return not self.excluded(self.pairing.names[i])
@@ -151,9 +173,11 @@ class _Chooser:
         return BY_NAME[self.request.format] if self.request.format in PLAIN_FORMATS else BF16
 
 
-def unquantised_modules(pairing: Pairing, formats: list[Format | None]) -> list[str]:
-    """Return the modules of linear layers that the output does not quantise, for configs that list them."""
-    return [
+def unquantised_modules(pairing: Pairing, formats: list[Format | None], tied: bool) -> list[str]:
+    """Return the modules of linear layers that the output does not quantise, for configs that list them. A tied head
+    is one, although no tensor of its own is stored."""
+    head = ["lm_head"] if tied and not any(is_head(name) for name in pairing.names) else []
+    return head + [
         shown(name).removesuffix(".weight")
         for name, shape, format_ in zip(pairing.names, pairing.shapes, formats, strict=True)
         if format_ is None and len(shape) == 2 and name.endswith(".weight") and not name.endswith(EMBEDDINGS)

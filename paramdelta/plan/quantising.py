@@ -117,7 +117,7 @@ def choose_config(
     try:
         config, document = output_config(
             formats,
-            ignored=unquantised_modules(pairing, stored.formats),
+            ignored=unquantised_modules(pairing, stored.formats, new_base.checkpoint.tied is not False),
             source=like,
             dynamic=not statistics or like is None or like.dynamic,
         )
