@@ -41,6 +41,7 @@ __all__ = [
     "Scaled",
     "ScaledTerm",
     "accumulate",
+    "alike",
     "code_values",
     "codes_of",
     "decode",
@@ -296,7 +297,7 @@ def merge_scaled(new_base: Scaled, terms: Sequence[ScaledTerm], output: Output, 
     rows, cols, kind = output.rows, output.cols, output.scale_dtype
     fresh = quantise(acc, recipe, rows, cols, kind, output.second, output.given)
     fresh = fresh._replace(touched=bool(touched.any()))
-    if not keep or not _alike(new_base, output):
+    if not keep or not alike(new_base, output):
         return fresh
     assert new_base.scales is not None
     same = ~unit_max(touched, rows, cols)
@@ -329,13 +330,17 @@ def merge_shared(
     touched = any(bool(mask.any()) for _, mask in sums)
     firsts = [new_base for new_base, _ in members]
     shared = {_bits(m.second) if two_levels else m.scales.tobytes() for m in firsts if m.scales is not None}
-    alike = keep and len(shared) == 1 and all(_alike(m, output._replace(second=m.second)) for m in firsts)
+    stored_alike = keep and all(alike(m, output._replace(second=m.second)) for m in firsts)
     x = [round_values(acc, recipe) for acc, _ in sums]
     amax = max((float(np.max(np.abs(v), initial=0.0, where=np.isfinite(v))) for v in x), default=0.0)
     second, scales = None, None
     if two_levels:
         second = second_of(amax, recipe.rule.removeprefix("nv_"))
-    elif alike and not any(_outgrown_of(m, acc, recipe) for m, (acc, _) in zip(firsts, sums, strict=True)):
+    elif (
+        stored_alike
+        and len(shared) == 1
+        and not any(_outgrown_of(m, acc, recipe) for m, (acc, _) in zip(firsts, sums, strict=True))
+    ):
         scales = firsts[0].scales
     else:
         scales = unit_scales(np.full((1, 1), amax, np.float32), recipe, kind)
@@ -344,7 +349,7 @@ def merge_shared(
         done = quantise(acc, recipe, rows, cols, kind, second, scales=scales)._replace(touched=touched)
         results.append(
             done._replace(codes=first.codes, scales=first.scales, second=first.second)
-            if alike and not touched
+            if stored_alike and not touched
             else done
         )
     return results
@@ -394,7 +399,7 @@ def _bits(second: float | None) -> bytes:
     return b"" if second is None else np.float32(second).tobytes()
 
 
-def _alike(matrix: Scaled, output: Output) -> bool:
+def alike(matrix: Scaled, output: Output) -> bool:
     """Whether a matrix is stored as the output is to be, so that its codes and scales can be kept."""
     assert output.recipe is not None
     if matrix.scales is None or matrix.zero_points is not None or matrix.codec != output.recipe.codec:

@@ -4,17 +4,14 @@ tensor) are shared with the merge, and those come from the request that the fold
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (gives NumPy the name bfloat16, which safetensors asks it for)
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import deserialize, safe_open
 
 from paramdelta import JSON_VERSION, reference
 from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
@@ -22,8 +19,10 @@ from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, InputError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan import Kind, MergeRequest, Plan, make_request
+from paramdelta.plan.outputs import Making
 from paramdelta.plan.pairing import NONE
 from paramdelta.plan.sidefiles import RECORD
+from paramdelta.recompute import Readers, Recomputed
 
 SAMPLE_ROWS = 8  # of each tensor, spread over it; the first and the last are always among them
 _CHUNK_ELEMENTS = 1 << 20
@@ -68,9 +67,9 @@ def verify(
     problems = [*_file_problems(plan, out), *_header_problems(plan, made)]
     elements = 0
     if not problems:
-        with _Readers() as readers:
-            for tensor in range(len(plan.names)):
-                checked, problem = _check_tensor(plan, made, tensor, readers, everything)
+        with Readers() as readers:
+            weights = Recomputed(plan, made, readers, everything=everything)
+            for checked, problem in (*_plain_tensors(plan, made, readers, everything), *weights.check_all()):
                 elements += checked
                 problems += [problem] if problem else []
     return VerifyReport(
@@ -141,51 +140,6 @@ def _placed(found: tuple[DType, tuple[int, ...], str]) -> str:
     return f"{dtype} {list(shape)} in {file}"
 
 
-class _Readers:
-    """Tensors of checkpoints by name, through the safetensors library; files stay open while it lives."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> _Readers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.__exit__(None, None, None)
-        _deserialized.cache_clear()
-
-    def codes(self, checkpoint: Checkpoint, row: int, first: int, last: int) -> NDArray[Any]:
-        """Return rows ``first`` … ``last`` − 1 of a tensor as stored codes, flat."""
-        table = checkpoint.tensors
-        name, dtype, path = table.names[row], table.dtype_of(row), checkpoint.files[table.file[row]].path
-        if dtype.bits % 8 or dtype.name.startswith("f8") or dtype.name == "c64":
-            return _raw_codes(path, name, dtype, table.shapes[row], first, last)
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="np").__enter__()  # type: ignore[no-untyped-call]
-        file = self._open[path]
-        shape = table.shapes[row]
-        array = file.get_slice(name)[first:last] if shape and 0 not in shape else file.get_tensor(name)
-        flat: NDArray[Any] = np.ascontiguousarray(array).reshape(-1)
-        return flat.view(np.dtype(f"u{dtype.itemsize}"))
-
-
-@functools.lru_cache(maxsize=4)
-def _deserialized(path: Path) -> dict[str, Any]:
-    """Return a whole file's tensors as the library's other entry gives them. One file of each checkpoint is kept."""
-    return dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
-
-
-def _raw_codes(path: Path, name: str, dtype: DType, shape: tuple[int, ...], first: int, last: int) -> NDArray[Any]:
-    """Read a tensor whose type the library's NumPy front end does not know: bytes, by its other entry."""
-    info = _deserialized(path)[name]
-    data = np.frombuffer(bytes(info["data"]), np.uint8)
-    rows = max(shape[0] if shape else 1, 1)
-    width = len(data) // rows
-    data = data[first * width : last * width] if shape else data
-    return data if dtype.bits % 8 else data.view(np.dtype(f"u{dtype.itemsize}"))
-
-
 def _row_ranges(shape: tuple[int, ...], everything: bool) -> Iterator[tuple[int, int]]:
     """Yield ranges of rows to compare, of at most a million elements each."""
     rows = shape[0] if shape else 1
@@ -203,8 +157,18 @@ def _row_ranges(shape: tuple[int, ...], everything: bool) -> Iterator[tuple[int,
             yield first, first + run
 
 
+def _plain_tensors(
+    plan: Plan, made: Checkpoint, readers: Readers, everything: bool
+) -> Iterator[tuple[int, str | None]]:
+    """Compare the tensors that are no planes of a recomputed weight; yield elements compared and what is wrong."""
+    for tensor in range(len(plan.names)):
+        making = plan.layout.outputs.making[int(plan.layout.order[tensor])]
+        if making in (Making.SPANS, Making.COPY):
+            yield _check_tensor(plan, made, tensor, readers, everything)
+
+
 def _check_tensor(
-    plan: Plan, made: Checkpoint, tensor: int, readers: _Readers, everything: bool
+    plan: Plan, made: Checkpoint, tensor: int, readers: Readers, everything: bool
 ) -> tuple[int, str | None]:
     """Compare one tensor; return the number of elements compared and what is wrong."""
     shape, row = plan.shape_of(tensor), made.tensors.row(plan.names[tensor])
@@ -225,10 +189,14 @@ def _check_tensor(
     return checked, None
 
 
-def _expected(plan: Plan, tensor: int, readers: _Readers, first: int, last: int) -> NDArray[Any]:
+def _expected(plan: Plan, tensor: int, readers: Readers, first: int, last: int) -> NDArray[Any]:
     """Recompute rows of an output tensor from the sources."""
-    i = int(plan.layout.order[tensor])
-    pairing, dtype = plan.pairing, plan.dtype_of(tensor)
+    number = int(plan.layout.order[tensor])
+    outputs, pairing, dtype = plan.layout.outputs, plan.pairing, plan.dtype_of(tensor)
+    if outputs.making[number] == Making.COPY:
+        donor = plan.names_by_role[outputs.donors[number]].checkpoint
+        return readers.codes(donor, outputs.rows[number], first, last)
+    i = outputs.logical[number]
     kind = pairing.kinds[i]
     donor, row = (plan.post, pairing.post[i]) if kind == Kind.FROM_POST else (plan.new_base, pairing.new_base[i])
     if kind in (Kind.FROM_NEW_BASE, Kind.FROM_POST):
@@ -240,6 +208,8 @@ def _expected(plan: Plan, tensor: int, readers: _Readers, first: int, last: int)
     width = int(np.prod(plan.shape_of(tensor)[1:])) if plan.shape_of(tensor) else 1
     size = (last - first) * width
     new, _ = _operand(readers, plan.new_base, row, first, last, size)
+    if pairing.alphas[i] == 0.0:
+        return reference.merge(new, [], dtype, size).codes
     post, in_post = _operand(readers, plan.post, pairing.post[i], first, last, size)
     base, _ = _operand(readers, plan.base, pairing.base[i], first, last, size)
     if not in_post.any():
@@ -250,7 +220,7 @@ def _expected(plan: Plan, tensor: int, readers: _Readers, first: int, last: int)
 
 
 def _operand(
-    readers: _Readers, checkpoint: Checkpoint, row: int, first: int, last: int, size: int
+    readers: Readers, checkpoint: Checkpoint, row: int, first: int, last: int, size: int
 ) -> tuple[reference.Array, NDArray[np.bool_]]:
     """Return rows of an operand, zeros for those its tensor lacks, and which elements it has."""
     assert row != NONE
