@@ -20,6 +20,7 @@ from paramdelta.dtypes import DType
 from paramdelta.errors import shown
 from paramdelta.formats import Format
 from paramdelta.plan import Kind
+from paramdelta.plan.bridges import Slice
 from paramdelta.plan.outputs import Making, grid_shape, matrix_shape
 from paramdelta.plan.pairing import NONE
 from paramdelta.reference_codes import unpack, unpack_zero_points
@@ -86,6 +87,7 @@ class Member(NamedTuple):
     unit: int
     planes: dict[str, int]
     format: Format | None
+    dimensions: int
 
 
 class Window(NamedTuple):
@@ -118,10 +120,12 @@ class Recomputed:
             if i < 0 or {self.outputs.making[p] for p in planes.values()} == {Making.COPY}:
                 continue
             stack, rows, cols = matrix_shape(self.plan.pairing.shapes[i])
+            pieces = self.plan.pairing.bridges.get(i)
             for e in range(stack if rows and cols else 0):
                 unit = int(self.plan.work.regions["unit"][number])
-                number += 1
-                yield Member(i, e, rows, cols, unit, planes, self.plan.stored.formats[i])
+                number += 1 if pieces is None else sum(piece.out.matrix == e for piece in pieces)
+                dimensions = len(self.plan.pairing.shapes[i])
+                yield Member(i, e, rows, cols, unit, planes, self.plan.stored.formats[i], dimensions)
 
     def measured(self, members: list[Member]) -> dict[int, tuple[float, bool]]:
         """Return (amax, touched) of every unit that is the scale of whole tensors."""
@@ -141,7 +145,7 @@ class Recomputed:
     def check(self, member: Member, unit: tuple[float, bool] | None) -> tuple[int, str | None]:
         """Compare the planes of one matrix."""
         name = shown(self.outputs.names[member.planes["codes" if member.format else ""]])
-        where = f" of matrix {member.e}" if len(self.plan.pairing.shapes[member.i]) > 2 else ""
+        where = f" of matrix {member.e}" if member.dimensions > 2 else ""
         if "shape" in member.planes and self.outputs.making[member.planes["shape"]] == Making.LITERAL:
             shape = self.plan.pairing.shapes[member.i]
             if self.codes_of(member.planes["shape"], 0, len(shape)).tolist() != list(shape):
@@ -158,6 +162,9 @@ class Recomputed:
     def windows(self, member: Member, *, everything: bool) -> Iterator[Window]:
         """Cut a matrix into windows of whole blocks of every grid; all of them, or some spread over it."""
         grids = [(w.format.rows, w.format.cols) for w in self.weights(member) if w is not None]
+        if member.i in self.plan.pairing.bridges:
+            first = self.weights(member)[0]  # the others are read whole
+            grids = [] if first is None else [(first.format.rows, first.format.cols)]
         rows = math.lcm(*(max(r, 1) for r, _ in grids), 8)
         cols = math.lcm(*(max(c, 1) for _, c in grids), 8)
         if member.format is not None and not (member.format.whole and not member.format.second):
@@ -185,8 +192,41 @@ class Recomputed:
         return [*first, ("post", pairing.post[i]), ("base", pairing.base[i])]
 
     def operands(self, member: Member, window: Window) -> tuple[reference.Scaled, list[reference.ScaledTerm]]:
-        first, *pair = [self.operand(role, row, member, window) for role, row in self.sources(member)]
-        return first, [reference.ScaledTerm(*pair, self.plan.pairing.alphas[member.i])] if pair else []
+        """Return new_base (or what else acc starts from) and the term, where there is one."""
+        first, *pair = self.sources(member)
+        start = self.operand(*first, member, window)
+        if not pair:
+            return start, []
+        if member.i in self.plan.pairing.bridges:
+            post, base = (self.assembled(role, member, window) for role in ("post", "base"))
+        else:
+            post, base = (self.operand(role, row, member, window) for role, row in pair)
+        return start, [reference.ScaledTerm(post, base, self.plan.pairing.alphas[member.i])]
+
+    def assembled(self, role: str, member: Member, window: Window) -> reference.Scaled:
+        """Return a window of an operand whose parts are stored otherwise: its values, put where new_base has them."""
+        whole = np.zeros((member.rows, member.cols))
+        for piece in self.plan.pairing.bridges[member.i]:
+            if piece.out.matrix != member.e:
+                continue
+            values = self.part(role, piece.post if role == "post" else piece.base)
+            out = piece.out
+            place = slice(out.first, out.first + out.rows * out.step, out.step)
+            if out.transposed:
+                whole[:, place] = values.T
+            else:
+                whole[place] = values
+        cut = whole[window.row : window.row + window.rows, window.col : window.col + window.cols]
+        return reference.Scaled(np.ascontiguousarray(cut).view(np.uint64), "f64")
+
+    def part(self, role: str, at: Slice) -> NDArray[np.float64]:
+        """Return the values of a part of a stored weight."""
+        shape = self.plan.names_by_role[role].shape(at.row)
+        _, rows, cols = matrix_shape(shape)
+        there = Member(-1, at.matrix, rows, cols, -1, {}, None, len(shape))
+        values = reference.decode(self.operand(role, at.row, there, Window(0, rows, 0, cols)))
+        values = values.T if at.transposed else values
+        return values[at.first : at.first + at.rows * at.step : at.step]
 
     def operand(self, role: str, row: int, member: Member, window: Window) -> reference.Scaled:
         """Read a window of an operand."""
@@ -211,14 +251,15 @@ class Recomputed:
 
     def matrix(self, checkpoint: Checkpoint, row: int, codec: str, member: Member, window: Window) -> NDArray[Any]:
         """Read the codes of a window, one to an element."""
-        several = len(self.plan.pairing.shapes[member.i]) > 2
+        several = member.dimensions > 2
         first, last = (member.e, member.e + 1) if several else (window.row, window.row + window.rows)
-        if len(self.plan.pairing.shapes[member.i]) < 2:
+        if member.dimensions < 2:
             first, last = 0, member.cols
         raw = self.readers.codes(checkpoint, row, first, last).view(np.uint8)
         rows = member.rows if several else window.rows
         lines = raw.reshape(rows, -1)[window.row : window.row + window.rows] if several else raw.reshape(rows, -1)
-        return unpack(lines, codec, member.cols)[:, window.col : window.col + window.cols]
+        codes: NDArray[Any] = unpack(lines, codec, member.cols)[:, window.col : window.col + window.cols]
+        return codes
 
     def grid(
         self, checkpoint: Checkpoint, row: int, format_: Format, member: Member, rows: int | None = None

@@ -90,6 +90,13 @@ def policies(function: F) -> F:
                 show_default=True,
                 help="Where vocabularies differ in size: an error, or as many rows as the larger of post and new_base.",
             ),
+            click.option(
+                "--stacks",
+                multiple=True,
+                metavar="ROLE=KIND",
+                help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
+                "interleaved (gate and up row by row).",
+            ),
             *_formats(),
             click.option(
                 "--max-shard-size",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from paramdelta.checkpoint import SINGLE, Checkpoint, TensorTable
 from paramdelta.checkpoint.header import format_header
 from paramdelta.dtypes import BY_NAME, DTYPES, DType
+from paramdelta.errors import PlanError
 from paramdelta.plan.choice import Stored
 from paramdelta.plan.naming import Names
 from paramdelta.plan.outputs import Making, Outputs, make_outputs
@@ -92,6 +93,8 @@ def lay_out(
         keep=request.scale_policy == "keep",
     )
     made = maker.run()
+    if maker.wrong:
+        raise PlanError(maker.wrong)
     spans, units, kept = _with_copies(spans, made.copies)
     work = Work(
         inputs=(*inputs, made.literals) if made.literals else inputs,
@@ -99,7 +102,7 @@ def lay_out(
         headers=tuple(headers),
         spans=spans,
         terms=terms,
-        **made.columns(),
+        **made.columns(maker.views),
         scale_tensors=np.array(made.scale_tensors, np.int64),
         units=tuple(made.units),
         span_units=units,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from paramdelta.errors import Complaint, shown
-from paramdelta.plan.naming import EMBEDDINGS, Names, grouped, is_head, proposed_rename
+from paramdelta.plan.bridges import Ambiguous, Piece, Structure, bridge, turned
+from paramdelta.plan.naming import EMBEDDINGS, Names, is_head
+from paramdelta.plan.problems import Problems, by_role, complaints
 from paramdelta.plan.request import ROLES, MergeRequest, matcher
 
 NONE = -1  # a row that a checkpoint does not have
@@ -44,7 +45,9 @@ class Pairing:
     unpaired: list[str] = field(default_factory=list)  # copied because --copy-from says so
     tied: list[str] = field(default_factory=list)
     extended: list[str] = field(default_factory=list)
-    bridges: dict[int, Any] = field(default_factory=dict)
+    bridges: dict[int, list[Piece]] = field(
+        default_factory=dict
+    )  # of tensors whose parts lie elsewhere in post or base
 
     def add(
         self, name: str, kind: Kind, shape: tuple[int, ...], new: int, post: int, base: int, alpha: float = 0.0
@@ -59,29 +62,16 @@ class Pairing:
         self.alphas.append(alpha)
 
 
-@dataclass
-class _Problems:
-    """Names that cannot be paired, by what is the matter."""
-
-    missing: dict[str, list[str]] = field(default_factory=lambda: {role: [] for role in ROLES})
-    extra: dict[str, list[str]] = field(default_factory=lambda: {role: [] for role in ROLES})
-    shapes: list[str] = field(default_factory=list)
-    vocab: list[str] = field(default_factory=list)
-    quantised_vocab: list[str] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    no_donor: list[str] = field(default_factory=list)
-    taken: list[str] = field(default_factory=list)
-    untied: list[str] = field(default_factory=list)
-    unscaled: list[str] = field(default_factory=list)
-
-
 class _Pairer:
     def __init__(self, request: MergeRequest, post: Names, base: Names, new_base: Names) -> None:
         self.request, self.post, self.base, self.new_base = request, post, base, new_base
         self.left_alone = _left_alone(request)
         self.alpha_of = _alpha_of(request)
         self.result = Pairing()
-        self.problems = _Problems()
+        self.problems = Problems()
+        stackings = dict(request.stacks)
+        self.structures = {n.role: Structure(n, stackings.get(n.role)) for n in (post, base, new_base)}
+        self.bridged_rows: dict[str, set[int]] = {"post": set(), "base": set()}
 
     def run(self) -> None:
         for name, row in self.new_base.rows.items():
@@ -99,10 +89,34 @@ class _Pairer:
         if is_head(name) and self.new_base.checkpoint.tied is True and self.has_own_head(name):
             self.problems.untied.append(name)
             return
+        if (post == NONE or base == NONE) and self.bridged(name, row):
+            return
         if post == NONE or base == NONE:
             self.unpaired(name, row, post, [n.role for n, r in ((self.post, post), (self.base, base)) if r == NONE])
             return
         self.paired(name, row, post, base)
+
+    def bridged(self, name: str, row: int) -> bool:
+        """Pair a weight whose parts post or base store in another structure; False where they do not."""
+        try:
+            pieces = bridge(self.structures["new_base"], row, self.structures["post"], self.structures["base"])
+        except Ambiguous as found:
+            self.problems.ambiguous.append(f"{shown(found.name)} {list(found.shape)} in {found.role}")
+            return True
+        if pieces is None:
+            return False
+        for role, names in (("post", self.post), ("base", self.base)):
+            rows = {getattr(piece, role).row for piece in pieces}
+            self.bridged_rows[role] |= rows
+            for other in rows:
+                if not names.dtype(other).merges and other not in names.weights:
+                    self.problems.kinds.append(f"{shown(name)}: {names.dtype(other).name} in {role}")
+                    return True
+        self.result.bridges[len(self.result.names)] = pieces
+        first = pieces[0]
+        shape = self.new_base.shape(row)
+        self.result.add(name, Kind.MERGED, shape, row, first.post.row, first.base.row, self.alpha_of(name))
+        return True
 
     def has_own_head(self, name: str) -> bool:
         """Whether post stores an output embedding that its config does not call a copy of the input embedding."""
@@ -149,23 +163,29 @@ class _Pairer:
         if any(d.bits == 8 and not q for d, q in zip(dtypes, quantised, strict=True)):
             self.note_unscaled(name)
         alpha = self.alpha_of(name)
-        if shapes[0] == shapes[1] == shapes[2]:
+        pieces = turned(
+            self.structures["new_base"], row, (self.structures["post"], post), (self.structures["base"], base)
+        )
+        if pieces is not None:
+            self.result.bridges[len(self.result.names)] = pieces
+            self.result.add(name, Kind.MERGED, shapes[2], row, post, base, alpha)
+        elif shapes[0] == shapes[1] == shapes[2]:
             self.result.add(name, Kind.MERGED, shapes[2], row, post, base, alpha)
         elif _same_but_rows(shapes) and self.is_vocabulary(name, shapes):
             if self.request.vocab == "extend" and any(quantised):
-                self.problems.quantised_vocab.append(f"{shown(name)}: {_by_role(shapes)}")
+                self.problems.quantised_vocab.append(f"{shown(name)}: {by_role(shapes)}")
             elif self.request.vocab == "extend":
                 rows = max(shapes[0][0], shapes[2][0])
                 self.result.extended.append(name)
                 self.result.add(name, Kind.EXTENDED, (rows, *shapes[2][1:]), row, post, base, alpha)
             else:
-                self.problems.vocab.append(f"{shown(name)}: {_by_role(shapes)}")
+                self.problems.vocab.append(f"{shown(name)}: {by_role(shapes)}")
         else:
             self.differs(name, row, post, shapes)
 
     def differs(self, name: str, row: int, post: int, shapes: list[tuple[int, ...]]) -> None:
         if self.request.copy_from == "error":
-            self.problems.shapes.append(f"{shown(name)}: {_by_role(shapes)}")
+            self.problems.shapes.append(f"{shown(name)}: {by_role(shapes)}")
         else:
             self.copy(name, row, post)
 
@@ -200,7 +220,7 @@ class _Pairer:
         stored = self.new_base.checkpoint.tensors
         for names in (self.post, self.base):
             for name, row in names.rows.items():
-                if name in self.new_base.rows or self.left_alone(name):
+                if name in self.new_base.rows or self.left_alone(name) or row in self.bridged_rows[names.role]:
                     continue
                 if self.new_base.ties(name) is not None:
                     self.tied_head(names, name)
@@ -229,7 +249,7 @@ def pair(request: MergeRequest, post: Names, base: Names, new_base: Names, wrong
     """Pair all tensors; what cannot be paired becomes a complaint that names the option which resolves it."""
     pairer = _Pairer(request, post, base, new_base)
     pairer.run()
-    wrong += _complaints(pairer.problems, request, {"post": post, "base": base})
+    wrong += complaints(pairer.problems, request, {"post": post, "base": base})
     wrong += _unmatched_globs(request, (post, base, new_base))
     if request.rename_new_base:  # renames are for pairing: the output is called what new_base calls it
         rows = new_base.rows
@@ -253,111 +273,6 @@ def _alpha_of(request: MergeRequest) -> Callable[[str], float]:
 
 def _same_but_rows(shapes: list[tuple[int, ...]]) -> bool:
     return all(shapes) and len({shape[1:] for shape in shapes}) == 1
-
-
-def _by_role(shapes: list[tuple[int, ...]]) -> str:
-    return ", ".join(f"{list(shape)} in {role}" for shape, role in zip(shapes, ROLES, strict=True))
-
-
-def _listing(lines: list[str]) -> str:
-    text = "".join(f"\n      {line}" for line in lines[:20])
-    return text + (f"\n      and {len(lines) - 20:,} more" if len(lines) > 20 else "")
-
-
-def _complaints(problems: _Problems, request: MergeRequest, names: dict[str, Names]) -> list[Complaint]:
-    found: list[Complaint] = []
-    for role in ("post", "base"):
-        missing, extra = problems.missing[role], problems.extra[role]
-        if missing:
-            remedy = "--copy-from new-base (or post) takes such tensors over; --exclude GLOB names them"
-            rename = proposed_rename(missing, extra, role, names[role]) if extra else ""
-            remedy = f"{rename} would pair them; otherwise {remedy}" if rename else remedy
-            found.append(
-                Complaint(
-                    str(request.folder(role)),
-                    f"{role} lacks {len(missing):,} tensors that new_base has:{grouped(missing)}",
-                    remedy,
-                )
-            )
-        if extra:
-            found.append(
-                Complaint(
-                    str(request.folder(role)),
-                    f"{role} has {len(extra):,} tensors that new_base lacks:{grouped(extra)}",
-                    "--copy-from new-base drops them, --copy-from post adds post's to the output; "
-                    "--exclude GLOB leaves them out",
-                )
-            )
-    if problems.shapes:
-        found.append(
-            Complaint(
-                "shapes",
-                f"{len(problems.shapes):,} tensors differ in shape:{_listing(problems.shapes)}",
-                "--copy-from new-base (or post) takes such tensors over; --exclude GLOB copies them from new_base",
-            )
-        )
-    if problems.vocab:
-        found.append(
-            Complaint(
-                "vocabulary",
-                f"{len(problems.vocab):,} tensors differ in their number of tokens:{_listing(problems.vocab)}",
-                "--vocab extend gives the output as many rows as the larger of post and new_base",
-            )
-        )
-    if problems.quantised_vocab:
-        found.append(
-            Complaint(
-                "vocabulary",
-                "rows of quantised tensors cannot be added one by one, because they share scales:"
-                f"{_listing(problems.quantised_vocab)}",
-                "dequantise these checkpoints first, or --exclude GLOB copies them from new_base",
-            )
-        )
-    if problems.kinds:
-        found.append(
-            Complaint(
-                "dtypes",
-                f"{len(problems.kinds):,} tensors have types that cannot be subtracted from each other:"
-                f"{_listing(problems.kinds)}",
-                "--exclude GLOB copies them from new_base",
-            )
-        )
-    if problems.taken:
-        found.append(
-            Complaint(
-                str(request.post),
-                f"--copy-from post: {len(problems.taken):,} tensors of post would take the name of another tensor "
-                f"of new_base:{grouped(problems.taken)}",
-                "--rename-post gives them other names; --exclude GLOB leaves them out",
-            )
-        )
-    if problems.no_donor:
-        found.append(
-            Complaint(
-                str(request.post),
-                f"--copy-from post: post lacks {len(problems.no_donor):,} of the tensors:{grouped(problems.no_donor)}",
-                "--exclude GLOB copies them from new_base",
-            )
-        )
-    if problems.untied:
-        found.append(
-            Complaint(
-                "tied embeddings",
-                "new_base ties its output embedding to the input embedding, post has one of its own "
-                f"({shown(problems.untied[0])}): the result could not keep it",
-                f"--exclude '{shown(problems.untied[0])}' ignores post's: the merged input embedding serves as both",
-            )
-        )
-    if problems.unscaled:
-        found.append(
-            Complaint(
-                "fp8",
-                f"{len(problems.unscaled):,} tensors are fp8 without scales that could be found:"
-                f"{grouped(problems.unscaled)}",
-                "--allow-unscaled takes them for plain numbers",
-            )
-        )
-    return found
 
 
 def _unmatched_globs(request: MergeRequest, all_names: tuple[Names, ...]) -> list[Complaint]:

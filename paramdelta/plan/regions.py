@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from paramdelta.checkpoint.weights import QuantisedWeight
-from paramdelta.dtypes import DTYPES, F32, DType
-from paramdelta.formats import CODECS, Format
+from paramdelta.dtypes import DTYPES, F32
+from paramdelta.errors import Complaint, shown
+from paramdelta.formats import Format
+from paramdelta.plan.bridges import Piece, Slice
 from paramdelta.plan.naming import Names
-from paramdelta.plan.outputs import Making, Outputs, grid_shape, matrix_shape
+from paramdelta.plan.outputs import Making, Outputs, matrix_shape
 from paramdelta.plan.pairing import NONE, Kind, Pairing
+from paramdelta.plan.views import ABSENT, Views, scale_strides
 from paramdelta.plan.work import RECIPE, REGION, REGION_TERM, VIEW, Rows, SharedScale, recipe_row
 
-_ABSENT = -1
-_SECOND = {"": 0, "multiply": 1, "divide": 2}
 # Layers that consumers fuse: their parts must have one second-level scale.
 _FUSED = (
     (re.compile(r"(.*\.)(?:q|k|v)_proj(\..*)?"), r"\1qkv\2"),
@@ -54,7 +54,6 @@ class Regions:
     regions: list[tuple[Any, ...]] = field(default_factory=list)
     scale_tensors: list[int] = field(default_factory=list)
     terms: list[tuple[Any, ...]] = field(default_factory=list)
-    views: list[tuple[Any, ...]] = field(default_factory=list)
     recipes: dict[tuple[Any, ...], int] = field(default_factory=dict)
     units: list[SharedScale] = field(default_factory=list)
     literals: bytearray = field(default_factory=bytearray)
@@ -66,12 +65,12 @@ class Regions:
         self.literals += data
         return at
 
-    def columns(self) -> dict[str, Rows]:
+    def columns(self, views: Views) -> dict[str, Rows]:
         """Return the collected rows as columns of the work."""
         return {
             "regions": np.array(self.regions, REGION),
             "region_terms": np.array(self.terms, REGION_TERM),
-            "views": np.array(self.views, VIEW),
+            "views": np.array(views.rows, VIEW),
             "recipes": np.array(list(self.recipes), RECIPE),
         }
 
@@ -93,9 +92,11 @@ class RegionMaker:
         keep: bool,
     ) -> None:
         self.pairing, self.outputs, self.formats, self.names = pairing, outputs, formats, names
-        self.places, self.first_files, self.literal_file, self.keep = places, first_files, literal_file, keep
+        self.places, self.literal_file, self.keep = places, literal_file, keep
         self.made = Regions()
+        self.views = Views(names, first_files)
         self.groups: dict[Any, int] = {}
+        self.wrong = self.views.wrong
 
     def run(self) -> Regions:
         """Make the regions and literals of every output tensor that needs one."""
@@ -116,40 +117,58 @@ class RegionMaker:
         stack, rows, cols = matrix_shape(self.pairing.shapes[i])
         if 0 in (stack, rows, cols):
             return
-        for e in range(stack):
-            unit = self.unit(i, e, planes, format_) if format_ is not None and format_.whole else -1
-            self.region(i, e, planes, format_, unit, rows, cols)
+        units = [
+            self.unit(i, e, planes, format_) if format_ is not None and format_.whole else -1 for e in range(stack)
+        ]
+        for piece in self.pairing.bridges.get(i) or [self.whole(i, e, rows, cols) for e in range(stack)]:
+            self.region(i, piece, planes, format_, units[piece.out.matrix])
 
-    def region(
-        self, i: int, e: int, planes: dict[str, int], format_: Format | None, unit: int, rows: int, cols: int
-    ) -> None:
-        """Add the region of matrix ``e`` of a stack."""
+    def whole(self, i: int, e: int, rows: int, cols: int) -> Piece:
+        """Return matrix ``e`` as a piece that all checkpoints store alike."""
+        at = [
+            Slice(r[i], e, 0, 1, rows, cols, False)
+            for r in (self.pairing.new_base, self.pairing.post, self.pairing.base)
+        ]
+        return Piece(*at)
+
+    def region(self, i: int, piece: Piece, planes: dict[str, int], format_: Format | None, unit: int) -> None:
+        """Add the region of a piece of a weight. Its rows and columns are those of the output as it is stored."""
         codes = planes["codes"] if format_ is not None else planes[""]
-        place = self.places[codes]
+        place, out = self.places[codes], piece.out
         dtype = DTYPES[self.outputs.dtypes[codes]]
-        pitch = cols * (dtype.bits if format_ is None else format_.bits) // 8
-        new = self.view("post" if self.pairing.kinds[i] == Kind.FROM_POST else "new_base", i, e)
+        _, all_rows, all_cols = matrix_shape(self.pairing.shapes[i])
+        bits = dtype.bits if format_ is None else format_.bits
+        pitch = all_cols * bits // 8
+        rows, cols = (out.cols, out.rows) if out.transposed else (out.rows, out.cols)
+        row, col = (0, out.first) if out.transposed else (out.first, 0)
+        self.check_frame(i, format_, bits, row, rows, col, cols, out)
+        from_post = self.pairing.kinds[i] == Kind.FROM_POST
+        new = self.views.add("post", piece.post, out) if from_post else self.views.add("new_base", out, out)
         first, n_terms = len(self.made.terms), 0
         if self.merges(i):
-            self.made.terms.append((self.pairing.alphas[i], self.view("post", i, e), self.view("base", i, e)))
+            post, base = self.views.add("post", piece.post, out), self.views.add("base", piece.base, out)
+            self.made.terms.append((self.pairing.alphas[i], post, base))
             n_terms = 1
         recipe, scale, strides, given, second, grid, keep = -1, None, (0, 0, 0), None, None, (0, 0), False
         if format_ is not None:
-            row = recipe_row(format_.recipe, format_.scale)
-            recipe = self.made.recipes.setdefault(row, len(self.made.recipes))
+            row_of = recipe_row(format_.recipe, format_.scale)
+            recipe = self.made.recipes.setdefault(row_of, len(self.made.recipes))
             grid = (format_.rows, format_.cols)
             own = self.made.units[unit].value_at if unit >= 0 else 0
             if format_.whole and not format_.second:
                 given = own
             else:
                 scale = self.places[planes["scale"]]
-                strides = self.scale_strides(format_, self.pairing.shapes[i], e)
+                at, down, across = scale_strides(format_, self.pairing.shapes[i], out.matrix)
+                at += (row // format_.rows if format_.rows else 0) * down
+                at += (col // format_.cols if format_.cols else 0) * across
+                strides = (at, down * (out.step if format_.rows == 1 else 1), across)
                 second = own if format_.second else None
             keep = self.keepable(i, format_) and not format_.whole
         self.made.regions.append(
             (
-                place.offset + e * rows * pitch,
-                pitch,
+                place.offset + (out.matrix * all_rows + row) * pitch + col * bits // 8,
+                pitch * out.step,
                 rows,
                 cols,
                 0 if scale is None else scale.offset + strides[0],
@@ -159,9 +178,9 @@ class RegionMaker:
                 second or 0,
                 place.tensor,
                 place.file,
-                _ABSENT if scale is None else scale.file,
-                _ABSENT if given is None else self.literal_file,
-                _ABSENT if second is None else self.literal_file,
+                ABSENT if scale is None else scale.file,
+                ABSENT if given is None else self.literal_file,
+                ABSENT if second is None else self.literal_file,
                 recipe,
                 new,
                 first,
@@ -174,17 +193,49 @@ class RegionMaker:
                 b"",
             )
         )
-        self.made.scale_tensors.append(_ABSENT if scale is None else scale.tensor)
+        self.made.scale_tensors.append(ABSENT if scale is None else scale.tensor)
+
+    def check_frame(
+        self, i: int, format_: Format | None, bits: int, row: int, rows: int, col: int, cols: int, out: Slice
+    ) -> None:
+        """Complain where a piece of the output does not begin and end with its blocks and bytes."""
+        _, all_rows, all_cols = matrix_shape(self.pairing.shapes[i])
+        alone = (rows, cols) == (all_rows, all_cols)
+        if alone:
+            return
+        problem = ""
+        if out.step > 1 and out.transposed:
+            problem = "its parts alternate in columns"
+        elif out.step > 1 and format_ is not None and format_.rows not in (0, 1):
+            problem = f"its parts alternate in rows, which share scales in blocks of {format_.rows}"
+        elif format_ is not None and not format_.whole:
+            cut = (
+                (row % format_.rows or ((row + rows) % format_.rows and row + rows < all_rows))
+                if format_.rows and out.step == 1
+                else format_.rows == 0 and rows < all_rows
+            )
+            cut = cut or (
+                (col % format_.cols or ((col + cols) % format_.cols and col + cols < all_cols))
+                if format_.cols
+                else cols < all_cols
+            )
+            problem = "the border between its parts lies within a block that shares a scale" if cut else ""
+        if not problem and bits == 4 and (col % 2 or cols % 2):
+            problem = "its parts end within a byte"
+        if problem:
+            self.complain(i, problem)
+
+    def complain(self, i: int, problem: str) -> None:
+        self.wrong.append(
+            Complaint(
+                shown(self.pairing.names[i]),
+                f"post or base store it in other parts, and {problem}",
+                "--format bf16 writes it plain; --exclude GLOB copies it from new_base",
+            )
+        )
 
     def merges(self, i: int) -> bool:
         return self.pairing.kinds[i] in (Kind.MERGED, Kind.EXTENDED) and self.pairing.alphas[i] != 0.0
-
-    @staticmethod
-    def scale_strides(format_: Format, shape: tuple[int, ...], e: int) -> tuple[int, int, int]:
-        """Return where the grid of matrix ``e`` begins, and its strides, in bytes."""
-        grid_rows, grid_cols = grid_shape(format_, shape)
-        item = format_.scale_dtype.itemsize
-        return e * grid_rows * grid_cols * item, grid_cols * item, item
 
     def keepable(self, i: int, format_: Format) -> bool:
         """Whether new_base stores the weight just so, and its scales may be kept."""
@@ -242,83 +293,8 @@ class RegionMaker:
             count = int(table.nbytes[row]) // stack
             place = self.places[planes[part]]
             here = Place(place.tensor, place.file, place.offset + e * count)
-            file, offset = self.location("new_base", row)
+            file, offset = self.views.location("new_base", row)
             self.made.copies.append(Copy(here, file, offset + e * count, count, unit, True))
-
-    def view(self, role: str, i: int, e: int) -> int:
-        """Add a view of matrix ``e`` of an operand; return its number."""
-        row = getattr(self.pairing, role)[i]
-        names = self.names[role]
-        weight = names.weights.get(row)
-        shape = names.shape(row)
-        self.made.views.append(
-            self.plain_view(role, row, shape, e) if weight is None else self.quantised_view(role, weight, e)
-        )
-        return len(self.made.views) - 1
-
-    def location(self, role: str, row: int) -> tuple[int, int]:
-        table = self.names[role].checkpoint.tensors
-        return self.first_files[role] + int(table.file[row]), int(table.offset[row])
-
-    def plain_view(self, role: str, row: int, shape: tuple[int, ...], e: int) -> tuple[Any, ...]:
-        _, rows, cols = matrix_shape(shape)
-        dtype = self.names[role].dtype(row)
-        file, offset = self.location(role, row)
-        item = dtype.itemsize
-        return _view(offset + e * rows * cols * item, cols * item, item, file, CODECS.index(dtype.name))
-
-    def quantised_view(self, role: str, weight: QuantisedWeight, e: int) -> tuple[Any, ...]:
-        _, rows, cols = matrix_shape(weight.shape)
-        format_ = weight.format
-        file, offset = self.location(role, weight.codes)
-        pitch = cols * format_.bits // 8
-        view: dict[str, Any] = {}
-        if weight.scale != NONE:
-            scale_file, scale_offset = self.location(role, weight.scale)
-            first, row_stride, col_stride = self.scale_strides(format_, weight.shape, e)
-            view = {
-                "scale_file": scale_file,
-                "scale": (scale_offset + first, row_stride, col_stride),
-                "grid": (format_.rows, format_.cols),
-                "scale_dtype": format_.scale,
-            }
-        if weight.second != NONE:
-            second_file, second_offset = self.location(role, weight.second)
-            several = self.names[role].checkpoint.tensors.nbytes[weight.second] > 4
-            view |= {
-                "second_file": second_file,
-                "second_offset": second_offset + (4 * e if several else 0),
-                "second": _SECOND[format_.second],
-            }
-        if weight.zero_point != NONE:
-            zero_file, zero_offset = self.location(role, weight.zero_point)
-            width = 4 * grid_shape(format_, weight.shape)[1]
-            view |= {"zero_file": zero_file, "zero": (zero_offset + e * -(-rows // 8) * width, width)}
-        return _view(offset + e * rows * pitch, pitch, 1, file, CODECS.index(format_.codec), **view)
-
-
-def _view(
-    offset: int,
-    row_stride: int,
-    col_stride: int,
-    file: int,
-    codec: int,
-    *,
-    scale: tuple[int, int, int] = (0, 0, 0),
-    zero: tuple[int, int] = (0, 0),
-    second_offset: int = 0,
-    scale_file: int = _ABSENT,
-    zero_file: int = _ABSENT,
-    second_file: int = _ABSENT,
-    grid: tuple[int, int] = (0, 0),
-    phase: tuple[int, int] = (0, 0),
-    scale_dtype: DType = F32,
-    second: int = 0,
-) -> tuple[Any, ...]:
-    """Return a row of VIEW."""
-    places = (offset, row_stride, col_stride, *scale, *zero, second_offset)
-    files = (file, scale_file, zero_file, second_file)
-    return (*places, *files, *grid, *phase, codec, scale_dtype.code, second, b"")
 
 
 def _same_layout(stored: Format, wanted: Format) -> bool:

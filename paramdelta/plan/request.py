@@ -16,6 +16,7 @@ from paramdelta.dtypes import MERGE_DTYPES, DType
 from paramdelta.errors import Complaint, PlanError, shown
 
 ROLES = ("post", "base", "new_base")
+STACKINGS = ("straight", "transposed", "interleaved")
 COPY_FROM = ("error", "new-base", "post")
 VOCAB = ("error", "extend")
 PLAIN_FORMATS = ("bf16", "f16", "f32")
@@ -62,6 +63,7 @@ class MergeRequest:
     rename_new_base: tuple[Rename, ...] = ()
     vocab: str = "error"
     dtype: DType | None = None
+    stacks: tuple[tuple[str, str], ...] = ()
     format: str | None = None
     block_size: tuple[int, int] | None = None
     scale_type: str | None = None
@@ -92,6 +94,7 @@ class MergeRequest:
         rename_new_base: str | Sequence[str | tuple[str, str]] = (),
         vocab: str = "error",
         dtype: str | DType | None = None,
+        stacks: str | Sequence[str] = (),
         format: str | None = None,
         block_size: str | int | Sequence[int] | None = None,
         scale_type: str | None = None,
@@ -126,6 +129,7 @@ class MergeRequest:
             rename_new_base=_renames("--rename-new-base", rename_new_base, wrong),
             vocab=_choice("--vocab", vocab, VOCAB, wrong),
             dtype=_dtype(dtype, wrong),
+            stacks=_stacks(_strings(stacks), wrong),
             format=None if format is None else _choice("--format", format, FORMATS, wrong),
             block_size=_block(block_size, wrong),
             scale_type=None if scale_type is None else _choice("--scale-type", scale_type, SCALE_TYPES, wrong),
@@ -172,6 +176,7 @@ class MergeRequest:
             **{f"rename_{role}": [[r.pattern, r.replacement] for r in self.renames(role)] for role in ROLES},
             "vocab": self.vocab,
             "dtype": None if self.dtype is None else self.dtype.name,
+            "stacks": [f"{role}={kind}" for role, kind in self.stacks],
             "format": self.format,
             "block_size": None if self.block_size is None else list(self.block_size),
             "scale_type": self.scale_type,
@@ -269,6 +274,20 @@ def _dtype(value: str | DType | None, wrong: list[Complaint]) -> DType | None:
         names = ", ".join(d.name for d in MERGE_DTYPES)
         wrong.append(Complaint("--dtype", f"expected one of {names}, got {shown(repr(value))}"))
     return found
+
+
+def _stacks(values: tuple[str, ...], wrong: list[Complaint]) -> tuple[tuple[str, str], ...]:
+    """Read ``ROLE=straight``, ``ROLE=transposed`` or ``ROLE=interleaved``."""
+    pairs = []
+    for value in values:
+        role, _, kind = value.partition("=")
+        role = role.replace("-", "_")
+        if role in ROLES and kind in STACKINGS:
+            pairs.append((role, kind))
+        else:
+            expected = f"ROLE={'|'.join(STACKINGS)} with a role of post, base, new-base"
+            wrong.append(Complaint("--stacks", f"expected {expected}, got {shown(repr(value))}"))
+    return tuple(pairs)
 
 
 def _block(value: Any, wrong: list[Complaint]) -> tuple[int, int] | None:
