@@ -211,26 +211,53 @@ def _shapes(
 
 
 def turned(out: Structure, row: int, post: tuple[Structure, int], base: tuple[Structure, int]) -> list[Piece] | None:
-    """Return the matrices of a stack where post's or base's stack of the same name is transposed against new_base's;
-    None where they all lie the same way round. gpt-oss's blocks are transposed against its plain stacks."""
+    """Return the pieces of a stack that post or base store under the same name, but transposed, or with gate and up
+    alternating; None where all three lie alike or do not fit.
+
+    What neither the shapes nor the user say is taken to be alike, except that gpt-oss's blocks are transposed against
+    its plain stacks.
+    """
     shape = out.names.shape(row)
     if len(shape) != 3:
         return None
-    slices = []
-    for structure, other in ((out, row), post, base):
-        there = structure.names.shape(other)
-        if sorted(there[1:]) != sorted(shape[1:]) or there[0] != shape[0] or len(there) != 3:
+    members = ((out, row), post, base)
+    blocks = [structure.blocks(at) for structure, at in members]
+    lying = []
+    for (structure, at), block in zip(members, blocks, strict=True):
+        there = structure.names.shape(at)
+        if there not in (shape, (shape[0], shape[2], shape[1])):
             return None
-        straight, swapped = there == shape, there == (shape[0], shape[2], shape[1])
-        transposed = not straight
-        if straight and swapped:
-            transposed = structure.blocks(other) != out.blocks(row)
-        elif structure.blocks(other) != out.blocks(row) and straight:
-            return None
-        slices.append((other, transposed))
-    if not any(transposed for _, transposed in slices):
+        square = shape[1] == shape[2]
+        if not square:
+            lying.append(there != shape)
+        elif structure.stacking is not None:
+            lying.append(structure.stacking == "transposed")
+        else:
+            lying.append(any(blocks) and not block)
+    mixed = [structure.interleaved(at) for structure, at in members]
+    known = [block or structure.stacking is not None for (structure, _), block in zip(members, blocks, strict=True)]
+    mixed = [m if k else any(mixed) for m, k in zip(mixed, known, strict=True)]
+    fused = _FUSED.fullmatch(out.by_row[row])
+    halves = len(set(mixed)) > 1 and fused is not None and len(_HELD[fused[2]]) == 2
+    if len(set(lying)) == 1 and not halves:
         return None
+    rows, cols = (shape[2], shape[1]) if lying[0] else (shape[1], shape[2])
+    parts = 2 if halves else 1
     return [
-        Piece(*[Slice(other, e, 0, 1, shape[1], shape[2], transposed) for other, transposed in slices])
+        Piece(
+            *[
+                Slice(
+                    at,
+                    e,
+                    part if mix and halves else part * (rows // parts),
+                    2 if mix and halves else 1,
+                    rows // parts,
+                    cols,
+                    t,
+                )
+                for (_, at), t, mix in zip(members, lying, mixed, strict=True)
+            ]
+        )
         for e in range(shape[0])
+        for part in range(parts)
     ]
