@@ -1,4 +1,4 @@
-"""The reference of quantised formats: every code of every type, and the rules of scales and codes worked out by hand."""
+"""The reference of quantised formats: every code of every type, and the rules of scales and codes by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws of merging quantised matrices, kept by their reference: what is kept, what is requantised, what is shared."""
+"""The laws of merging quantised matrices, kept by the reference: what is kept, requantised, shared."""
 
 from __future__ import annotations
 

@@ -86,6 +86,17 @@ def test_mxfp4_by_bits(recipe) -> None:
     same(got.codes, codes, "codes")
 
 
+@pytest.mark.parametrize("largest", [6.0, 448.0])
+def test_powers_of_two_do_not_depend_on_the_division(largest: float) -> None:
+    """amax / largest and amax · (1 / largest), as kernels have it and torch on a GPU, differ for a third and for half
+    of all mantissas. The least power of two above is the same for every one."""
+    amax = (np.arange(1 << 23, dtype=np.uint32) + np.uint32(0x3F800000)).view(np.float32) * np.float32(largest)
+    ratio, product = amax / np.float32(largest), amax * (np.float32(1) / np.float32(largest))
+    assert (ratio != product).mean() > 0.3
+    up = [(v.view(np.uint32) + np.uint32(0x7FFFFF)) >> np.uint32(23) for v in (ratio, product)]
+    assert np.array_equal(up[0], up[1])
+
+
 def test_ragged_groups() -> None:
     """The last group of a row may be short: as if padded with zeros."""
     x = units(edge_maxima(6.0)[::50], 40, FP4_TIES)
