@@ -149,7 +149,7 @@ def unit_scales(amax: Singles, recipe: Recipe, scale_dtype: str, second: float |
         else:
             raise ValueError(f"no such rule: {recipe.rule}")
         zero = one(recipe.zero)
-        codes = scale_codes(np.where(amax == 0, zero, np.where(scale == 0, zero, scale)), scale_dtype)
+        codes = scale_codes(np.where(amax == 0, zero, scale), scale_dtype)
         vanished = scale_values(codes, scale_dtype) == 0
         return np.where(vanished, scale_codes(np.full_like(amax, zero), scale_dtype), codes)
 

@@ -146,6 +146,7 @@ def test_f4_takes_the_nearest() -> None:
         (MXFP8, "f8_e8m0", 448 * 2.0**-126, 2.0**-126),
         (MXFP8, "f8_e8m0", 448 * 2.0**-128, 2.0**-126),
         (MXFP8, "f8_e8m0", 2.0**-149, 2.0**-127),
+        (MXFP8, "f32", 2.0**-149, 2.0**-126),
         (MXFP4_OPENAI, "f8_e8m0", 6.0, 1.0),
         (MXFP4_OPENAI, "f8_e8m0", 3.4e38, 2.0**126),
         (MXFP4_DEEPSEEK, "f8_e8m0", 0.0, 2.0**-126),
@@ -221,6 +222,15 @@ def test_signs_of_zero() -> None:
     assert scaled.quantise(x, DEEPGEMM, 1, 0, "f32").codes[0].tolist() == [0x80, 0, 0x7E, 0x80]
     assert scaled.quantise(x, MXFP4_OPENAI, 1, 0, "f8_e8m0").codes[0].tolist() == [0, 0, 6, 8]
     assert scaled.quantise(x, INT4, 1, 0, "bf16").codes[0].tolist() == [8, 8, 15, 8]
+
+
+@every_recipe
+def test_nothing_by_nothing(name: str) -> None:
+    """Where a divisor underflowed to 0, 0 / 0 is the code of 0; anything else is the largest code."""
+    recipe = RECIPES[name]
+    x, zero = np.array([0, 1e-30, -1e-30], np.float32), np.zeros(3, np.float32)
+    want = {"f8_e4m3": [0, 0x7E, 0xFE], "f4": [0, 7, 15], "i4": [8, 15, 0]}[recipe.codec]
+    assert scaled.codes_of(x, zero, recipe).tolist() == want
 
 
 @every_recipe

@@ -72,6 +72,8 @@ def test_scales_that_are_outgrown() -> None:
     assert outgrown(7.5, INT4, 1.0, "bf16")
     assert not outgrown(-8.5, INT4, 1.0, "bf16")
     assert outgrown(-8.5625, INT4, 1.0, "bf16")
+    assert outgrown(1.0, INT4, np.inf, "bf16")
+    assert outgrown(1.0, INT4, -1.0, "bf16")
     assert scaled.outgrown(np.zeros((1, 1)), np.array([[255]], np.uint8), MXFP8, 1, 1, "f8_e8m0")[0, 0]
 
 
@@ -90,6 +92,9 @@ def test_deltas_of_equal_bits_are_zero() -> None:
     assert merged(bad, bad._replace(scales=byte[126])) == 0x7FC0
     half = Scaled(np.array([[0x40]], np.uint8), "f8_e4m3", byte[126], "f8_e8m0")
     assert merged(new_base, half) == 0x3F80
+    other = new_base._replace(scale_dtype="f8_e4m3")  # byte 127 is NaN there
+    assert merged(new_base, other) == 0x7FC0
+    assert merged(new_base._replace(scales=byte[126]), other._replace(scales=byte[126])) == 0xC3DF
     assert merged(Scaled(np.array([[0x4000]], np.uint16), "bf16"), half) == 0x4000
 
 

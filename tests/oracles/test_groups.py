@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from oracle_values import FP4_TIES, FP8_TIES, bits, edge_maxima, need, same, tensor, units
+from oracle_values import FP4_TIES, FP8_TIES, bits, edge_maxima, group_weights, need, same, tensor, units
 
 from paramdelta import reference_scaled as scaled
 from paramdelta.formats import MXFP4_DEEPSEEK, MXFP4_OPENAI, MXFP8, NVFP4_MODELOPT
@@ -119,26 +119,21 @@ def test_gpt_oss_decode() -> None:
         same(scaled.decode(m), want[expert].T.double().numpy(), f"expert {expert}")
 
 
-def tensors_of_groups(spread: float):
-    """Weights whose groups of 16 differ by up to 2^spread, around several powers of two; one group of zeros."""
-    for power in (-100, -30, -3, 0, 4, 60):
-        rng = np.random.default_rng(power + 200)
-        maxima = (2.0 ** (power - rng.uniform(0, spread, 192)) * rng.uniform(1, 2, 192)).astype(np.float32)
-        maxima[5] = 0
-        yield units(maxima, 16, FP4_TIES, seed=power + 300).reshape(48, 64)
+POWERS = (-100, -30, -3, 0, 4, 60)
 
 
 @pytest.mark.parametrize("spread", [0.0, 6.0, 30.0])
 def test_nvfp4_modelopt(spread: float) -> None:
     """modelopt's NVFP4QTensor: second amax / 2688, scale e4m3(clamp(amax / (6 · second), 2^-9, 448)) and 1 for 0, codes
     of x / (scale · second) by search among the middles. Bit-equal."""
-    for x in tensors_of_groups(spread):
-        groups = tensor(x).view(48, 4, 16)
+    for power in POWERS:
+        x = group_weights(power, spread, (480, 64))
+        groups = tensor(x).view(480, 4, 16)
         second = groups.abs().amax() / torch.tensor(2688.0)
         ratio = groups.abs().amax(-1) / (torch.tensor(6.0) * second)
         ratio = torch.where(ratio == 0, torch.tensor(1.0), ratio)
         scale = ratio.clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
-        codes = nearest_f4((groups / (scale.float() * second)[..., None]).view(48, 64))
+        codes = nearest_f4((groups / (scale.float() * second)[..., None]).view(480, 64))
         assert scaled.second_of(float(np.abs(x).max()), "multiply") == second.item()
         got = scaled.quantise(x.astype(np.float64), NVFP4_MODELOPT, 1, 16, "f8_e4m3", second.item())
         same(got.scales, bits(scale), "scales")
@@ -157,20 +152,21 @@ def test_nvfp4_torchao(spread: float) -> None:
     2^-6 its scales are clamped, ours go on to 2^-9: the groups here differ by 3 binades at most.
     """
     nvfp4 = need("torchao.prototype.mx_formats.nvfp4_tensor")
-    for x in tensors_of_groups(spread):
+    for power in POWERS:
+        x = group_weights(power, spread, (480, 64))
         second = scaled.second_of(float(np.abs(x).max()), "multiply")
         scales, packed = nvfp4.nvfp4_quantize(tensor(x), 16, torch.tensor(second))
         got = scaled.quantise(x.astype(np.float64), NVFP4_MODELOPT, 1, 16, "f8_e4m3", second)
-        amax = np.abs(x).reshape(48, 4, 16).max(-1).astype(np.float64)
+        amax = np.abs(x).reshape(480, 4, 16).max(-1).astype(np.float64)
         ratio = amax / 6 / second
         values = np.unique(scaled.code_values(np.arange(127, dtype=np.uint8), "f8_e4m3"))
         clear = far_from((values[1:] + values[:-1]) / 2, ratio) & (ratio > 2.0**-6)
-        assert clear.mean() > 0.95
+        assert clear.mean() > 0.4  # half of the maxima are made to be near a middle
         same(got.scales[clear], bits(scales)[clear], "scales")
         equal = (got.scales == bits(scales)) & (amax > 0)
         quotient = np.abs(x) / second / np.repeat(scaled.scale_values(got.scales, "f8_e4m3"), 16, 1)
         settled = far_from(BOUNDS, quotient) & np.repeat(equal, 16, 1)
-        assert settled.mean() > 0.5
+        assert settled.mean() > 0.4
         same(got.codes[settled], scaled.unpack(bits(packed), "f4", 64)[settled], "codes")
 
 
