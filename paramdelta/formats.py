@@ -29,8 +29,8 @@ CODEC_BITS = {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "f4": 4, "i4": 4} | d
 # rounded to nearest even.
 RULES = (
     "ratio",  # amax / largest, rounded to the type of the scale
-    "ceil2",  # the least power of two ≥ amax / largest, by bits: (bits + 0x7FFFFF) & 0x7F800000
-    "near2",  # of amax's bits + 0x200000 only the exponent, divided by 4: compressed-tensors' MXFP4
+    "ceil2",  # the least power of two ≥ amax / largest, by bits: (bits + 0x7FFFFF) & 0x7F800000, at least 2^-126
+    "near2",  # of amax's bits + 0x200000 only the exponent, divided by 4, at least 2^-127: compressed-tensors' MXFP4
     "inverse",  # 1 / min(448 / amax, 448 · 512): FBGEMM
     "nv_multiply",  # e4m3(amax / (6 · second)), at least 2^-9; the code's scale is binary32(scale · second)
     "nv_divide",  # e4m3(second · (amax / 6)), zero becomes 0.125; the code's scale is binary32(scale / second)
@@ -42,9 +42,10 @@ class Recipe:
     """How one family turns merged values into codes and scales.
 
     Each value acc (binary64) is rounded to ``values`` first. For each unit, amax = max(|x|, ``floor``) over its
-    finite elements; the scale follows by ``rule``, and is ``zero`` for a unit whose amax is 0. The code is
-    x · (1 / scale) where ``reciprocal``, else x / scale, in binary32 and with the scale as stored, rounded to nearest
-    even and clamped to the codec's range. ``largest`` is the code value that amax is mapped to.
+    finite elements; the scale follows by ``rule``, and is ``zero`` for a unit whose amax is 0 and for one so small
+    that its scale comes out as 0 (nv_multiply: before the limit of 2^-9). The code is x · (1 / scale) where
+    ``reciprocal``, else x / scale, in binary32 and with the scale as stored (inverse: x times the factor itself),
+    rounded to nearest even and clamped to the codec's range. ``largest`` is the code value that amax is mapped to.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""The stored form of quantised matrices in NumPy: codes, scales, grids of units."""
+"""The stored form of quantised matrices in NumPy: codes, scales, grids of units, and what they decode to."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,24 @@ Singles = NDArray[np.float32]
 
 # Mantissa bits and bias of the codes that ``reference`` does not know, each as wide as the number after them.
 _SHORT = {"f4": (1, 1, 4), "f8_e4m3fnuz": (3, 8, 8), "f8_e5m2fnuz": (2, 16, 8)}
+
+
+class Scaled(NamedTuple):
+    """A stored matrix: codes [R, C], one to an element, and codes of scales [gr, gc], None for a plain matrix.
+
+    ``codec`` and ``scale_dtype`` are names. Element (r, c) uses the scale (r // rows, c // cols), 0 being the whole
+    extent. ``zero_points`` (i4 only) are nibbles, one for each scale; None is 8 throughout.
+    """
+
+    codes: Codes
+    codec: str
+    scales: Codes | None = None
+    scale_dtype: str | None = None
+    rows: int = 0
+    cols: int = 0
+    second: float | None = None
+    second_kind: str = ""
+    zero_points: Codes | None = None
 
 
 def pack(codes: Codes, codec: str) -> NDArray[np.uint8]:
@@ -100,3 +118,25 @@ def unit_max(values: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
             values = np.maximum.reduceat(values, np.arange(0, values.shape[axis], unit or values.shape[axis]), axis)
         out[...] = values
     return out
+
+
+def decode(matrix: Scaled) -> Values:
+    """Return the values of a stored matrix. Nothing is rounded but s / t, to binary32."""
+    values = code_values(matrix.codes, matrix.codec)
+    shape = values.shape
+    if matrix.codec == "i4":
+        zero = np.full_like(values, 8.0)
+        if matrix.zero_points is not None:
+            zero = spread(matrix.zero_points, shape, matrix.rows, matrix.cols).astype(np.float64)
+        values = values - zero
+    if matrix.scales is None:
+        return values
+    assert matrix.scale_dtype is not None
+    scales = scale_values(matrix.scales, matrix.scale_dtype)
+    with np.errstate(all="ignore"):
+        if matrix.second_kind == "multiply":
+            scales = scales * np.float64(np.float32(matrix.second))
+        elif matrix.second_kind == "divide":
+            scales = (scales.astype(np.float32) / np.float32(matrix.second)).astype(np.float64)
+        product: Values = values * spread(scales, shape, matrix.rows, matrix.cols)
+    return product

@@ -23,8 +23,10 @@ from paramdelta.dtypes import BY_NAME, F8_E4M3
 from paramdelta.formats import Recipe
 from paramdelta.reference import Codes, Mask, Values
 from paramdelta.reference_codes import (
+    Scaled,
     Singles,
     code_values,
+    decode,
     grid_shape,
     pack,
     scale_codes,
@@ -65,24 +67,6 @@ __all__ = [
 _LARGEST = {"f8_e4m3": 448.0, "f4": 6.0, "i4": 7.0}
 
 
-class Scaled(NamedTuple):
-    """A stored matrix: codes [R, C], one to an element, and codes of scales [gr, gc], None for a plain matrix.
-
-    ``codec`` and ``scale_dtype`` are names. Element (r, c) uses the scale (r // rows, c // cols), 0 being the whole
-    extent. ``zero_points`` (i4 only) are nibbles, one for each scale; None is 8 throughout.
-    """
-
-    codes: Codes
-    codec: str
-    scales: Codes | None = None
-    scale_dtype: str | None = None
-    rows: int = 0
-    cols: int = 0
-    second: float | None = None
-    second_kind: str = ""
-    zero_points: Codes | None = None
-
-
 class ScaledTerm(NamedTuple):
     """One summand, alpha · (post − base)."""
 
@@ -94,7 +78,7 @@ class ScaledTerm(NamedTuple):
 class Output(NamedTuple):
     """What a merge is to be stored as: a plain codec where ``recipe`` is None, else codes with a grid of scales.
 
-    ``given`` is a scale for every unit, in place of the recipe's.
+    ``given`` is a scale for every unit, in place of the recipe's and of any that could be kept.
     """
 
     codec: str
@@ -117,28 +101,6 @@ class Quantised(NamedTuple):
     amax: float
     touched: bool = True
     second: float | None = None
-
-
-def decode(matrix: Scaled) -> Values:
-    """Return the values of a stored matrix. Nothing is rounded but s / t, to binary32."""
-    values = code_values(matrix.codes, matrix.codec)
-    shape = values.shape
-    if matrix.codec == "i4":
-        zero = np.full_like(values, 8.0)
-        if matrix.zero_points is not None:
-            zero = spread(matrix.zero_points, shape, matrix.rows, matrix.cols).astype(np.float64)
-        values = values - zero
-    if matrix.scales is None:
-        return values
-    assert matrix.scale_dtype is not None
-    scales = scale_values(matrix.scales, matrix.scale_dtype)
-    with np.errstate(all="ignore"):
-        if matrix.second_kind == "multiply":
-            scales = scales * np.float64(np.float32(matrix.second))
-        elif matrix.second_kind == "divide":
-            scales = (scales.astype(np.float32) / np.float32(matrix.second)).astype(np.float64)
-        product: Values = values * spread(scales, shape, matrix.rows, matrix.cols)
-    return product
 
 
 def round_values(acc: Values, recipe: Recipe) -> Singles:
@@ -188,7 +150,7 @@ def unit_scales(amax: Singles, recipe: Recipe, scale_dtype: str, second: float |
         else:
             raise ValueError(f"no such rule: {recipe.rule}")
         zero = one(recipe.zero)
-        codes = scale_codes(np.where(amax == 0, zero, np.where(scale == 0, zero, scale)), scale_dtype)
+        codes = scale_codes(np.where(amax == 0, zero, scale), scale_dtype)
         vanished = scale_values(codes, scale_dtype) == 0
         return np.where(vanished, scale_codes(np.full_like(amax, zero), scale_dtype), codes)
 
@@ -197,14 +159,14 @@ def codes_of(x: Singles, divisor: Singles, recipe: Recipe, inverse: Singles | No
     """Return the codes of x for given scales of the elements: of x · inverse, x · (1 / divisor) or x / divisor.
 
     f8_e4m3 and f4: nearest, ties to even, within ±448 and ±6. −0 keeps its sign in f8; in f4 it is the code 0, and a
-    value below 0 has its sign also where it rounds to 0. i4: rint within −8..7, plus 8. NaN: 0x7F, in f4 and i4 the
-    code of 0. ±Inf: ± the largest.
+    quotient below 0 has its sign also where it rounds to 0. i4: rint within −8..7, plus 8. NaN: 0x7F, in f4 and i4
+    the code of 0. ±Inf: ± the largest. 0 / 0, where a divisor underflowed, is 0.
     """
     with np.errstate(all="ignore"):
         if inverse is None and recipe.reciprocal:
             inverse = np.float32(1) / divisor
         ratio = x / divisor if inverse is None else x * inverse
-        ratio = np.where(np.isinf(x), x, ratio).astype(np.float64)
+        ratio = np.where(np.isinf(x), x, np.where(x == 0, x, ratio)).astype(np.float64)
     if recipe.codec == "i4":
         return np.where(np.isnan(x), 8, np.clip(np.rint(np.nan_to_num(ratio, nan=0.0)), -8, 7) + 8).astype(np.uint8)
     limit = _LARGEST[recipe.codec]
@@ -297,7 +259,7 @@ def merge_scaled(new_base: Scaled, terms: Sequence[ScaledTerm], output: Output, 
     rows, cols, kind = output.rows, output.cols, output.scale_dtype
     fresh = quantise(acc, recipe, rows, cols, kind, output.second, output.given)
     fresh = fresh._replace(touched=bool(touched.any()))
-    if not keep or not alike(new_base, output):
+    if not keep or output.given is not None or not alike(new_base, output):
         return fresh
     assert new_base.scales is not None
     same = ~unit_max(touched, rows, cols)
@@ -305,8 +267,7 @@ def merge_scaled(new_base: Scaled, terms: Sequence[ScaledTerm], output: Output, 
     again = quantise(acc, recipe, rows, cols, kind, output.second, scales=new_base.scales)
     codes = np.where(spread(held, acc.shape, rows, cols), again.codes, fresh.codes)
     codes = np.where(spread(same, acc.shape, rows, cols), new_base.codes, codes)
-    if fresh.scales is None:
-        return fresh._replace(codes=codes)
+    assert fresh.scales is not None
     return fresh._replace(codes=codes, scales=np.where(held | same, new_base.scales, fresh.scales))
 
 
@@ -316,8 +277,8 @@ def merge_shared(
     """Return the merges of matrices that are one unit: they share a second scale or, with a grid of (0, 0), the scale.
 
     With ``keep`` and no delta anywhere in the group, every member keeps new_base's codes, scales and second scale;
-    with deltas, new_base's scale while it holds all members (:func:`outgrown`). Otherwise the second scale, of the
-    kind of the recipe's rule, or the scale follows from the group's amax, and all is quantised afresh.
+    with deltas, a scale that all have in common while it holds them (:func:`outgrown`). Otherwise the second scale, of
+    the kind of the recipe's rule, or the scale follows from the group's amax, and all is quantised afresh.
     """
     recipe = output.recipe
     if recipe is None:
@@ -329,15 +290,15 @@ def merge_shared(
     sums = [accumulate(new_base, terms) for new_base, terms in members]
     touched = any(bool(mask.any()) for _, mask in sums)
     firsts = [new_base for new_base, _ in members]
-    shared = {_bits(m.second) if two_levels else m.scales.tobytes() for m in firsts if m.scales is not None}
-    stored_alike = keep and all(alike(m, output._replace(second=m.second)) for m in firsts)
+    shared = {m.scales.tobytes() for m in firsts if m.scales is not None}
+    takes_over = keep and all(alike(m, output._replace(second=m.second)) for m in firsts)
     x = [round_values(acc, recipe) for acc, _ in sums]
     amax = max((float(np.max(np.abs(v), initial=0.0, where=np.isfinite(v))) for v in x), default=0.0)
     second, scales = None, None
     if two_levels:
         second = second_of(amax, recipe.rule.removeprefix("nv_"))
     elif (
-        stored_alike
+        takes_over
         and len(shared) == 1
         and not any(_outgrown_of(m, acc, recipe) for m, (acc, _) in zip(firsts, sums, strict=True))
     ):
@@ -349,7 +310,7 @@ def merge_shared(
         done = quantise(acc, recipe, rows, cols, kind, second, scales=scales)._replace(touched=touched)
         results.append(
             done._replace(codes=first.codes, scales=first.scales, second=first.second)
-            if stored_alike and not touched
+            if takes_over and not touched
             else done
         )
     return results

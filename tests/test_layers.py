@@ -29,7 +29,10 @@ LAYERS = [
     ("ops",),
     ("tensors",),
     ("backends",),
+    ("reference_scaled",),
+    ("reference_codes",),
     ("reference",),
+    ("formats",),
     ("dtypes", "errors", "_cpu"),
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

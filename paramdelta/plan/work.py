@@ -152,7 +152,7 @@ def recipe_row(recipe: Recipe, scale: DType) -> tuple[Any, ...]:
 class SharedScale:
     """The scale of a whole tensor, or of several: where its binary32 value and its stored bytes lie in the literals.
 
-    ``recipe`` gives it: amax / largest for a scale of its own, amax / 2688 or 2688 / amax for the second level of
+    ``recipe`` gives it: amax / largest for a scale of its own, amax / 2688 or 2688 · (1 / amax) for the second level of
     NVFP4. ``kept``: whether an untouched unit may keep new_base's planes.
     """
 
@@ -167,13 +167,13 @@ class SharedScale:
         largest = _F32(amax)
         with np.errstate(all="ignore"):
             if self.recipe.rule == "nv_multiply":
-                scale = largest / _F32(2688.0) if largest else _F32(1.0)
+                scale = largest / _F32(2688.0) or _F32(1.0)
             elif self.recipe.rule == "nv_divide":
-                scale = _F32(2688.0) / max(largest, np.finfo(_F32).tiny)
+                scale = _F32(2688.0) * (_F32(1.0) / max(largest, np.finfo(_F32).tiny))
                 scale = scale if np.isfinite(scale) else _F32(1.0)
             else:
                 scale = max(largest, _F32(self.recipe.floor)) / _F32(self.recipe.largest)
-                scale = scale if scale else _F32(self.recipe.zero)
+                scale = scale or _F32(self.recipe.zero)
         return _rounded_to_bf16(scale) if self.dtype == BF16 else scale
 
 

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from oracle_values import FP4_TIES, FP8_TIES, as_bf16, bits, edge_maxima, need, same, tensor, typed, units
+from oracle_values import (
+    FP4_TIES,
+    FP8_TIES,
+    INT4_TIES,
+    as_bf16,
+    bits,
+    edge_maxima,
+    group_weights,
+    need,
+    same,
+    tensor,
+    typed,
+    units,
+)
 
 from paramdelta import reference_scaled as scaled
 from paramdelta.formats import COMPRESSED_BF16, COMPRESSED_F32, INT4, INT4_F32, MXFP4_COMPRESSED, NVFP4_COMPRESSED
@@ -14,7 +27,6 @@ quantization = need("compressed_tensors.quantization")
 helpers = need("compressed_tensors.quantization.utils")
 compressors = need("compressed_tensors.compressors")
 
-INT4_TIES = np.arange(-7.5, 8, 0.5)
 HUGE = 2.0**127
 
 
@@ -131,12 +143,9 @@ def test_nvfp4(spread: float) -> None:
     Given bf16 weights the library would also round 2688 / amax and amax / 6 to bf16; a merge computes both in binary32.
     ``spread`` is by how many binades the groups of one tensor differ: scales of 0 become 0.125.
     """
-    rng = np.random.default_rng(8)
     scheme = scheme_of("NVFP4A16")
     for power in (-100, -30, -3, 0, 4, 60):
-        maxima = (2.0 ** (power - rng.uniform(0, spread, 96)) * rng.uniform(1, 2, 96)).astype(np.float32)
-        maxima[5] = 0
-        x = units(maxima, 16, FP4_TIES, seed=power + 200).reshape(24, 64)
+        x = group_weights(power, spread, (480, 64))
         weight = tensor(x)
         global_scale = helpers.generate_gparam(weight.min(), weight.max())
         scales, _ = scales_of(weight, 16, scheme, global_scale)
