@@ -103,6 +103,9 @@ def _make_dynamic(group: Any) -> None:
 
 def _native(method: str, formats: list[Format], ignored: Sequence[str], dynamic: bool) -> Config:
     """Return the config of the families that a quant_method names outright."""
+    only = {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "fbgemm_fp8": "fp8-channel"}.get(method)
+    if only is not None and any(f.name != only for f in formats):
+        raise ValueError(f"no config of method {method} covers {_listed(formats)}")
     skipped: Config = {_IGNORED[method][0]: list(ignored)} if ignored else {}
     if method in ("mxfp4", "fbgemm_fp8"):
         return {
