@@ -73,6 +73,7 @@ def grid_words(grid: Grid) -> str:
 
 def misfit(shape: Shape, scale: Shape, expected: Iterable[Grid]) -> str:
     """Say that a scale does not fit a weight, what would have, and what it would fit."""
+    expected = [grid for grid in expected if grid != COLUMN or matrix(shape)[0]]
     wanted = " or ".join(f"{list(grid_shape(shape, grid))} ({grid_words(grid)})" for grid in expected)
     text = f"has a scale of shape {list(scale)}, which does not fit the weight's {list(shape)}; expected {wanted}"
     usual = (TENSOR, ROW, COLUMN, *BLOCKS)
