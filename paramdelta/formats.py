@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from paramdelta.dtypes import BF16, BY_NAME, F8_E4M3, F32, DType
+from paramdelta.dtypes import BY_NAME, F8_E4M3, F32, DType
 
 E8M0, U8, I8, I32 = (BY_NAME[name] for name in ("f8_e8m0", "u8", "i8", "i32"))
 
