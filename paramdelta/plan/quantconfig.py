@@ -54,7 +54,8 @@ def output_config(
     methods = sorted({f.method for f in made})
     if len(methods) > 1:
         raise ValueError(f"no quantisation config covers formats of {' and '.join(methods)} at once")
-    known = {w.format for w in source.weights.values()} if source is not None else set()
+    alike = {id(w.format): w.format for w in source.weights.values()} if source is not None else {}
+    known = set(alike.values())
     if source is not None and source.config and source.method == methods[0] and known.issuperset(made):
         return _followed(source, ignored, dynamic)
     if methods[0] == "compressed-tensors":

@@ -279,6 +279,13 @@ def test_modelopts_other_fp8(tmp_path: Path, algorithm: str, names: str) -> None
     assert found.dynamic
 
 
+def test_modelopts_blocks_have_scales_of_four_dimensions(tmp_path: Path) -> None:
+    tensors = {"a.weight": ("F8_E4M3", (256, 512)), "a.weight_scale": ("F32", (2, 1, 4, 1))}
+    made = recognised(tmp_path, tensors, None, {"quantization": {"quant_algo": "FP8_PB_WO"}}).weights["a.weight"].format
+    assert (made.name, made.rows, made.cols, made.scale_shape) == ("fp8-block", 128, 128, "spread")
+    assert made.recipe == FP8_TENSOR
+
+
 def test_modelopt_mixed(tmp_path: Path) -> None:
     layers = {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4", "group_size": 16}}
     tensors = {
