@@ -187,8 +187,8 @@ class _Search:
         if layout.names == ("int4",):
             made = self._int4(row, made, shape, more.get("zero_point", NONE))
         name = f"{stem}.weight" if ending.startswith(".") else stem
-        if name in self.weights:
-            self.complain_of(row, f"is the same weight as {shown(self.table.names[self.weights[name].codes])}")
+        if self.rows.get(name, row) != row:
+            self.complain_of(row, f"is the weight {shown(name)}, which is there under that name, too")
         self.weights[name] = QuantisedWeight(name=name, shape=shape, format=made, codes=row, scale=scale, **more)
         return None
 

@@ -103,6 +103,14 @@ def test_deepseek_v4_has_fp4_experts_beside_fp8(tmp_path: Path) -> None:
     assert found.statistics == ()
 
 
+@pytest.mark.parametrize(("dtype", "columns"), [("U8", 1024), ("F4", 2048)])
+def test_fp4_experts_under_other_dtypes(tmp_path: Path, dtype: str, columns: int) -> None:
+    tensors = {"experts.0.w1.weight": (dtype, (64, columns)), "experts.0.w1.scale": ("F8_E8M0", (64, 64))}
+    (expert,) = recognised(tmp_path, tensors, V4_CONFIG | {"expert_dtype": "fp4"}).weights.values()
+    assert expert.shape == (64, 2048)
+    assert (expert.format.name, expert.format.codec, expert.format.codes_dtype.safetensors) == ("mxfp4", "f4", dtype)
+
+
 def test_deepseek_v4_base_has_fp8_experts_with_f32_scales(tmp_path: Path) -> None:
     expert = "layers.0.ffn.experts.0.w1"
     tensors = {

@@ -99,6 +99,15 @@ CONTRADICTIONS: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         {},
         "no config says of how many bits",
     ),
+    "packed and as it is": (
+        {
+            "a.weight": ("BF16", (64, 128)),
+            "a.weight_packed": ("U8", (64, 64)),
+            "a.weight_scale": ("U8", (64, 4)),
+        },
+        {},
+        "is the weight a.weight, which is there under that name, too",
+    ),
     "two scales": (
         {**blocks((64, 64), (1, 1)), "a.weight_scale": ("F32", ())},
         BLOCKS,
