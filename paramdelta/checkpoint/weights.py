@@ -358,7 +358,7 @@ def _words(made: Format) -> str:
     if not made.spelling.scale and not made.spelling.stacked_scale:
         return f"{made.codes_dtype.safetensors} without scales"
     grid: Grid = (made.rows, made.cols)
-    return f"{made.name}, {grid_words(grid)}, scales {made.scale_dtype.safetensors}"
+    return f"{made.name} ({grid_words(grid)}, scales {made.scale_dtype.safetensors})"
 
 
 def quantised_as(checkpoint: Checkpoint) -> str | None:

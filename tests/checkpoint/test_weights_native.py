@@ -50,7 +50,7 @@ def test_deepseek_v3(tmp_path: Path, shards: int) -> None:
     rows = checkpoint.tensors.rows
     assert found.parts == {rows[n] for w in DEEPSEEK_V3_WEIGHTS for n in (w, f"{w}_scale_inv")}
     assert "fp8 in blocks of 128×128" in found.description
-    assert "2 × fp8-block, blocks of 128×128, scales F32" in found.description
+    assert "2 × fp8-block (blocks of 128×128, scales F32)" in found.description
 
 
 def test_weights_are_in_the_order_of_the_table(tmp_path: Path) -> None:
