@@ -215,7 +215,9 @@ class Format:
     codec: str = ""
     second: str = ""
     zero_points: bool = False
-    scale_shape: str = "grid"  # how per-tensor and per-row scales are shaped: grid [N, 1], row [N], scalar [], one [1]
+    # How scales are shaped: grid [R, C]; row [N] and scalar [], one [1] for one scale per row and per tensor;
+    # spread [R, 1, C, 1], modelopt's blocks.
+    scale_shape: str = "grid"
 
     def __post_init__(self) -> None:
         if not self.codec:

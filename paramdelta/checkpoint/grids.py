@@ -42,7 +42,7 @@ def grid_shape(shape: Shape, grid: Grid) -> Shape:
 
 
 def fit(shape: Shape, scale: Shape, grid: Grid) -> str | None:
-    """Return how a scale of this shape is a grid (grid, row, one or scalar, as in Format.scale_shape), or None."""
+    """Return how a scale of this shape is a grid (a word of Format.scale_shape), or None where it is not."""
     stack = matrix(shape)[0]
     if grid == COLUMN and not stack:
         return None
@@ -51,7 +51,10 @@ def fit(shape: Shape, scale: Shape, grid: Grid) -> str | None:
         return "scalar" if scale == stack else "one"
     if scale == full:
         return "grid"
-    return "row" if grid == ROW and scale == full[:-1] else None
+    if grid == ROW and scale == full[:-1]:
+        return "row"
+    rows, cols = full[-2:]
+    return "spread" if not stack and scale == (rows, 1, cols, 1) else None
 
 
 def fitting(shape: Shape, scale: Shape, grids: Iterable[Grid]) -> tuple[Grid, str] | None:
@@ -73,6 +76,7 @@ def grid_words(grid: Grid) -> str:
 
 def misfit(shape: Shape, scale: Shape, expected: Iterable[Grid]) -> str:
     """Say that a scale does not fit a weight, what would have, and what it would fit."""
+    expected = [grid for grid in expected if grid != COLUMN or matrix(shape)[0]]
     wanted = " or ".join(f"{list(grid_shape(shape, grid))} ({grid_words(grid)})" for grid in expected)
     text = f"has a scale of shape {list(scale)}, which does not fit the weight's {list(shape)}; expected {wanted}"
     usual = (TENSOR, ROW, COLUMN, *BLOCKS)

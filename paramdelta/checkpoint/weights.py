@@ -139,11 +139,13 @@ class _Search:
     def weights_among(self, low_bit: list[int]) -> None:
         """Pair the codes among these rows with their scales."""
         names, rows = self.table.names, self.rows
+        last = {"." + name.rpartition(".")[2] for name in names}
+        present = {e: [s for s in scales if any(n.endswith(s) for n in last)] for e, scales in SCALES.items()}
         for row in low_bit:
             name = names[row]
             ending = next((e for e in _ENDINGS if name.endswith(e)), "")
             stem = name[: len(name) - len(ending)]
-            found = [(s, rows[stem + s]) for s in SCALES[ending] if stem + s in rows]
+            found = [(s, scale) for s in present[ending] if (scale := rows.get(stem + s, NONE)) != NONE]
             if len(found) == 1:
                 self._weight(row, stem, ending, *found[0])
             elif found:
@@ -164,7 +166,8 @@ class _Search:
                 what = f"is {codes} with a scale of {scales}, {shown(self.table.names[scale])}"
                 self.complain_of(row, f"{what}: no format that is known here stores that")
             return None
-        self.parts.update((row, scale))
+        self.parts.add(row)
+        self.parts.add(scale)
         key = (id(layout), codes_dtype, scale_dtype, self.table.shapes[row], self.table.shapes[scale])
         made = self.formats.get(key)
         if made is None:
@@ -178,13 +181,14 @@ class _Search:
                     more[part] = self.rows[stem + spelt]
         if layout.second:
             more["second"] = self._second(row, stem, ending, layout.spelling)
-        self.parts.update(r for r in more.values() if r != NONE)
+        if more:
+            self.parts.update(r for r in more.values() if r != NONE)
         shape = layout.shape(self.table.shapes[row])
         if layout.names == ("int4",):
             made = self._int4(row, made, shape, more.get("zero_point", NONE))
         name = f"{stem}.weight" if ending.startswith(".") else stem
-        if name in self.weights:
-            self.complain_of(row, f"is the same weight as {shown(self.table.names[self.weights[name].codes])}")
+        if self.rows.get(name, row) != row:
+            self.complain_of(row, f"is the weight {shown(name)}, which is there under that name, too")
         self.weights[name] = QuantisedWeight(name=name, shape=shape, format=made, codes=row, scale=scale, **more)
         return None
 
@@ -309,7 +313,11 @@ class _Search:
         if not quantised and not config.words:
             return Quantisation()
         statistics = [r for r, n in enumerate(self.table.names) if n.endswith(_STATISTICS) and r not in self.parts]
-        found = Counter(_words(w.format) for w in self.weights.values())
+        alike = Counter(id(w.format) for w in self.weights.values())  # formats are shared: hashing each is slow
+        formats = {id(w.format): w.format for w in self.weights.values()}
+        found: Counter[str] = Counter()
+        for number, count in alike.items():
+            found[_words(formats[number])] += count
         summary = ", ".join(f"{count:,} × {words}" for words, count in found.most_common())
         first = next(iter(self.weights.values()), None)
         method = config.method or (first.format.method if first else None)
@@ -350,7 +358,7 @@ def _words(made: Format) -> str:
     if not made.spelling.scale and not made.spelling.stacked_scale:
         return f"{made.codes_dtype.safetensors} without scales"
     grid: Grid = (made.rows, made.cols)
-    return f"{made.name}, {grid_words(grid)}, scales {made.scale_dtype.safetensors}"
+    return f"{made.name} ({grid_words(grid)}, scales {made.scale_dtype.safetensors})"
 
 
 def quantised_as(checkpoint: Checkpoint) -> str | None:

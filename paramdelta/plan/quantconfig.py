@@ -54,7 +54,8 @@ def output_config(
     methods = sorted({f.method for f in made})
     if len(methods) > 1:
         raise ValueError(f"no quantisation config covers formats of {' and '.join(methods)} at once")
-    known = {w.format for w in source.weights.values()} if source is not None else set()
+    alike = {id(w.format): w.format for w in source.weights.values()} if source is not None else {}
+    known = set(alike.values())
     if source is not None and source.config and source.method == methods[0] and known.issuperset(made):
         return _followed(source, ignored, dynamic)
     if methods[0] == "compressed-tensors":
@@ -103,6 +104,9 @@ def _make_dynamic(group: Any) -> None:
 
 def _native(method: str, formats: list[Format], ignored: Sequence[str], dynamic: bool) -> Config:
     """Return the config of the families that a quant_method names outright."""
+    only = {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "fbgemm_fp8": "fp8-channel"}.get(method)
+    if only is not None and any(f.name != only for f in formats):
+        raise ValueError(f"no config of method {method} covers {_listed(formats)}")
     skipped: Config = {_IGNORED[method][0]: list(ignored)} if ignored else {}
     if method in ("mxfp4", "fbgemm_fp8"):
         return {

@@ -1,175 +1,116 @@
-"""Quantised checkpoints are recognised, by genuine configs or headers alone; plain ones are never taken for them."""
+"""Genuine configs are recognised as what they are; hopeless formats are refused; plain checkpoints stay plain."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import write_json, write_shard
+from quantised_folders import Tensors, folder_of, recognised, write_headers
 
-from paramdelta.checkpoint import SINGLE, Checkpoint, open_checkpoint, quantisation_complaint, quantised_as
+from paramdelta.checkpoint import Quantisation, describe, open_checkpoint, quantised_as, recognise
+from paramdelta.checkpoint.quantised import HOPELESS
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
 PLAIN: Tensors = {"model.norm.weight": ("BF16", (4,))}
+GENUINE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "quant_configs.json").read_text())
 
-FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-FP8_MODELOPT = {
-    "config_groups": {"group_0": {"weights": {"dynamic": False, "num_bits": 8, "type": "float"}}},
-    "ignore": ["lm_head"],
-    "quant_algo": "FP8",
-    "kv_cache_scheme": "FP8",
-    "producer": {"name": "modelopt", "version": "0.31.0"},
-}
-INT4_PACKED = {
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"group_size": 32, "num_bits": 4, "type": "int"}}},
-    "format": "pack-quantized",
-    "ignore": ["lm_head"],
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}
-MXFP4 = {"modules_to_not_convert": ["model.embed_tokens", "lm_head"], "quant_method": "mxfp4"}
-MINIMAX = {
-    "quant_method": "fp8",
-    "fmt": "float8_e4m3fn",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [128, 128],
-    "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
-}
-MODELOPT_FILE = {
-    "producer": {"name": "modelopt", "version": "0.23.0"},
-    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]},
-}
+BLOCKS = "fp8 in blocks of 128×128"
+W, S = "l.0.w.weight", "l.0.w.weight_scale"
+FP8_BLOCKS: Tensors = {W: ("F8_E4M3", (256, 512)), f"{S}_inv": ("F32", (2, 4))}
+FP8_TENSOR: Tensors = {W: ("F8_E4M3", (256, 512)), S: ("F32", ()), "l.0.w.input_scale": ("F32", ())}
+NVFP4: Tensors = {W: ("U8", (256, 256)), S: ("F8_E4M3", (256, 32)), f"{S}_2": ("F32", ())}
+INT4: Tensors = {"l.0.w.weight_packed": ("I32", (256, 64)), S: ("BF16", (256, 16)), "l.0.w.weight_shape": ("I32", (2,))}
+MXFP4: Tensors = {"e.up_blocks": ("U8", (2, 8, 4, 16)), "e.up_scales": ("U8", (2, 8, 4))}
+V4: Tensors = {W: ("I8", (256, 256)), "l.0.w.scale": ("F8_E8M0", (256, 16))}
 
-# repository: (its config.json, its hf_quant_config.json or None, the words it is recognised by)
-GENUINE: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
-    "DeepSeek-R1": ({"quantization_config": FP8_BLOCKS}, None, "fp8 in blocks of 128×128"),
-    "DeepSeek-V3.2": ({"quantization_config": FP8_BLOCKS | {"scale_fmt": "ue8m0"}}, None, "fp8 in blocks of 128×128"),
-    "MiniMax-M2.5": ({"quantization_config": MINIMAX}, None, "fp8 in blocks of 128×128"),
-    "Qwen3-32B-FP8-Static-PerTensor": ({"quantization_config": FP8_MODELOPT}, MODELOPT_FILE, "FP8"),
-    "Llama-3.1-70B-Instruct-FP8": ({"model_type": "llama"}, MODELOPT_FILE, "modelopt"),
-    "Kimi-K2.5": (
-        {"model_type": "kimi_k25", "text_config": {"quantization_config": INT4_PACKED}},
-        None,
-        "compressed-tensors pack-quantized",
+# repository: (tensors of its kind, method, place of the config, dynamic, modules left alone, words, formats)
+SEEN: dict[str, tuple[Tensors, str, str, bool, int, str, list[str]]] = {
+    "deepseek-ai/DeepSeek-R1": (FP8_BLOCKS, "fp8", "config.json", True, 0, BLOCKS, ["fp8-block"]),
+    "deepseek-ai/DeepSeek-V3": (FP8_BLOCKS, "fp8", "config.json", True, 0, BLOCKS, ["fp8-block"]),
+    "deepseek-ai/DeepSeek-V3.2": (FP8_BLOCKS, "fp8", "config.json", True, 0, BLOCKS, ["fp8-block"]),
+    "deepseek-ai/DeepSeek-V4-Flash": (V4, "fp8", "config.json", True, 0, BLOCKS, ["mxfp4"]),
+    "moonshotai/Kimi-K2-Instruct": (FP8_BLOCKS, "fp8", "config.json", True, 0, BLOCKS, ["fp8-block"]),
+    "Qwen/Qwen3-30B-A3B-FP8": (FP8_BLOCKS, "fp8", "config.json", True, 13, BLOCKS, ["fp8-block"]),
+    "MiniMaxAI/MiniMax-M2.5": (FP8_BLOCKS, "fp8", "config.json", True, 3, BLOCKS, ["fp8-block"]),
+    "Qwen/Qwen3-32B-FP8-Static-PerTensor": (
+        FP8_TENSOR, "modelopt", "config.json", False, 1, "modelopt FP8", ["fp8-tensor"]
     ),
-    "gpt-oss-20b": ({"quantization_config": MXFP4}, None, "mxfp4"),
-    "fp8 per tensor": ({"quantization_config": FP8_BLOCKS | {"weight_block_size": None}}, None, "fp8 per tensor"),
-    "compression_config": ({"compression_config": INT4_PACKED}, None, "compressed-tensors pack-quantized"),
-    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, None, "gptq 4 bits"),
-    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4, "zero_point": True}}, None, "awq 4 bits"),
-    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, None, "bitsandbytes"),
-    "nameless": ({"quantization_config": {"load_in_4bit": True}}, None, "unnamed method"),
-}
+    "nvidia/Llama-3.1-70B-Instruct-FP8": (
+        FP8_TENSOR, "modelopt", "hf_quant_config.json", False, 1, "modelopt FP8", ["fp8-tensor"]
+    ),
+    "nvidia/Qwen3-235B-A22B-NVFP4": (
+        NVFP4, "modelopt", "hf_quant_config.json", False, 13, "modelopt NVFP4", ["nvfp4"]
+    ),
+    "moonshotai/Kimi-K2.5": (
+        INT4, "compressed-tensors", "config.json:text_config", True, 4, "compressed-tensors pack-quantized", ["int4"]
+    ),
+    "openai/gpt-oss-20b": (MXFP4, "mxfp4", "config.json", True, 4, "mxfp4", ["mxfp4"]),
+}  # fmt: skip
 
 
-def checkpoint_of(folder: Path, tensors: Tensors, config: Any = None, modelopt: Any = None) -> Checkpoint:
-    write_shard(folder / SINGLE, **tensors)
-    if config is not None:
-        write_json(folder / "config.json", config)
-    if modelopt is not None:
-        write_json(folder / "hf_quant_config.json", modelopt)
-    return open_checkpoint(folder, role="post")
+@pytest.mark.parametrize("repository", SEEN)
+def test_genuine_configs(tmp_path: Path, repository: str) -> None:
+    files = GENUINE[repository]
+    tensors, method, place, dynamic, ignored, words, formats = SEEN[repository]
+    checkpoint = folder_of(tmp_path, {**PLAIN, **tensors}, files["config.json"], files.get("hf_quant_config.json"))
+    found, complaints = recognise(checkpoint)
+    assert complaints == []
+    assert (found.method, found.config_place, found.dynamic, len(found.ignored)) == (method, place, dynamic, ignored)
+    assert found.description.startswith(f"{words} (")
+    assert place in found.description
+    assert [w.format.name for w in found.weights.values()] == formats
+    assert {w.format.method for w in found.weights.values()} == {method}
+    assert describe(checkpoint)["quantised"] == quantised_as(checkpoint) == found.description
 
 
-@pytest.mark.parametrize(("config", "modelopt", "words"), GENUINE.values(), ids=GENUINE.keys())
-def test_genuine_configs(tmp_path: Path, config: dict[str, Any], modelopt: Any, words: str) -> None:
-    checkpoint = checkpoint_of(tmp_path, PLAIN, config, modelopt)
-    found = quantised_as(checkpoint)
-    assert found is not None
-    assert found.startswith(words)
-    (complaint,) = quantisation_complaint(checkpoint)
+def test_every_genuine_config_is_looked_at() -> None:
+    assert set(GENUINE) == {*SEEN, "Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3.1-8B"}
+
+
+@pytest.mark.parametrize("repository", ["Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3.1-8B"])
+def test_genuine_plain_configs(tmp_path: Path, repository: str) -> None:
+    assert recognised(tmp_path, PLAIN, GENUINE[repository]["config.json"]) == Quantisation()
+
+
+@pytest.mark.parametrize("tensors", [PLAIN, FP8_BLOCKS], ids=["no codes", "codes"])
+@pytest.mark.parametrize("method", [*HOPELESS, "bnb", "GPTQ"])
+def test_what_has_no_differences_says_why(tmp_path: Path, method: str, tensors: Tensors) -> None:
+    found, (complaint,) = recognise(folder_of(tmp_path, tensors, {"quant_method": method, "bits": 4}))
     assert complaint.subject == str(tmp_path)
-    assert complaint.problem.startswith(f"post is quantised: {found}")
-    assert complaint.remedy
+    assert complaint.problem.startswith("post is quantised: ")
+    assert "Differences of such codes mean nothing: " in complaint.problem
+    assert complaint.remedy.startswith("use the checkpoint it was made from")
+    assert found.weights == {}
+    assert "4 bits (quantization_config in config.json)" in found.description
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "aqlm", "gguf"])
-def test_what_has_no_differences_says_why(tmp_path: Path, method: str) -> None:
-    (complaint,) = quantisation_complaint(
-        checkpoint_of(tmp_path, PLAIN, {"quantization_config": {"quant_method": method}})
-    )
-    assert "Differences of such codes mean nothing" in complaint.problem
-    assert complaint.remedy == "use the checkpoint it was made from"
-
-
-def test_what_could_be_dequantised_says_so(tmp_path: Path) -> None:
-    (complaint,) = quantisation_complaint(checkpoint_of(tmp_path, PLAIN, {"quantization_config": FP8_BLOCKS}))
-    assert "dequantise it first" in complaint.remedy
-
-
-W, S = "layers.0.w", "layers.0.w"
 BY_HEADERS: dict[str, tuple[Tensors, str]] = {
-    "fp8 blocks": (
-        {f"{W}.weight": ("F8_E4M3", (4, 4)), f"{S}.weight_scale_inv": ("F32", (1, 1))},
-        "F8_E4M3 codes with scales",
-    ),
-    "fp8 e5m2 per row": (
-        {f"{W}.weight": ("F8_E5M2", (4, 4)), f"{S}.weight_scale": ("BF16", (4, 1))},
-        "F8_E5M2 codes with scales",
-    ),
-    "fp8 of AMD": (
-        {f"{W}.weight": ("F8_E4M3FNUZ", (4, 4)), f"{S}.weight_scale": ("F32", ())},
-        "F8_E4M3FNUZ codes with scales",
-    ),
-    "DeepSeek V4, dense": (
-        {f"{W}.weight": ("F8_E4M3", (4, 4)), f"{S}.scale": ("F8_E8M0", (1, 1))},
-        "F8_E4M3 codes with scales",
-    ),
-    "DeepSeek V4, experts": (
-        {f"{W}.weight": ("I8", (4, 16)), f"{S}.scale": ("F8_E8M0", (4, 1))},
-        "I8 codes with scales",
-    ),
-    "Mistral": (
-        {f"{W}.weight": ("F8_E4M3", (4, 4)), f"{S}.qscale_weight": ("F32", ())},
-        "F8_E4M3 codes with scales",
-    ),
-    "MXFP8": (
-        {f"{W}.weight": ("F8_E4M3", (4, 32)), f"{S}.weight_scale_inv": ("U8", (4, 1))},
-        "F8_E4M3 codes with scales",
-    ),
-    "NVFP4 of modelopt": (
-        {f"{W}.weight": ("U8", (4, 8)), f"{S}.weight_scale": ("F8_E4M3", (4, 1)), f"{S}.weight_scale_2": ("F32", ())},
-        "U8 codes with scales",
-    ),
-    "compressed-tensors, packed": (
-        {f"{W}.weight_packed": ("I32", (4, 4)), f"{S}.weight_scale": ("BF16", (4, 1))},
-        "compressed-tensors, packed",
-    ),
-    "gpt-oss": (
-        {"experts.gate_up_proj_blocks": ("U8", (1, 2, 1, 16)), "experts.gate_up_proj_scales": ("U8", (1, 2, 1))},
-        "MXFP4 as in gpt-oss",
-    ),
-    "GPTQ": ({f"{W}.qweight": ("I32", (4, 4)), f"{W}.qzeros": ("I32", (1, 4))}, "GPTQ or AWQ"),
-    "bitsandbytes, 4 bits": ({f"{W}.weight": ("U8", (8, 1)), f"{W}.weight.absmax": ("F32", (1,))}, "bitsandbytes"),
-    "bitsandbytes, 8 bits": ({f"{W}.weight": ("I8", (4, 4)), f"{W}.SCB": ("F32", (4,))}, "bitsandbytes"),
+    "GPTQ": ({"w.qweight": ("I32", (4, 4)), "w.qzeros": ("I32", (1, 4))}, "GPTQ or AWQ (tensor w.qweight)"),
+    "reordered": ({"w.weight_packed": ("I32", (4, 4)), "w.weight_g_idx": ("I32", (4,))}, "(tensor w.weight_g_idx)"),
+    "4 bits": ({"w.weight": ("U8", (8, 1)), "w.weight.absmax": ("F32", (1,))}, "bitsandbytes (tensor w.weight.absmax)"),
+    "8 bits": ({"w.weight": ("I8", (4, 4)), "w.SCB": ("F32", (4,))}, "bitsandbytes (tensor w.SCB)"),
 }
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["as given", "reversed"])
 @pytest.mark.parametrize(("tensors", "words"), BY_HEADERS.values(), ids=BY_HEADERS.keys())
-def test_headers_alone_give_it_away(tmp_path: Path, tensors: Tensors, words: str, order: int) -> None:
-    found = quantised_as(checkpoint_of(tmp_path, dict(list((PLAIN | tensors).items())[::order])))
-    assert found is not None
-    assert found.startswith(words)
-    assert any(name in found for name in tensors), "it names a tensor"
-
-
-def test_a_scale_in_another_shard(tmp_path: Path) -> None:
-    write_shard(tmp_path / "1.safetensors", **{"w.weight": ("F8_E4M3", (4, 4))})
-    write_shard(tmp_path / "2.safetensors", **{"w.weight_scale_inv": ("F32", (1, 1))})
-    weight_map = {"w.weight": "1.safetensors", "w.weight_scale_inv": "2.safetensors"}
-    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
-    assert quantised_as(open_checkpoint(tmp_path)) is not None
+def test_hopeless_formats_by_their_headers(tmp_path: Path, tensors: Tensors, words: str, order: int) -> None:
+    checkpoint = folder_of(tmp_path, dict(list({**PLAIN, **tensors}.items())[::order]))
+    _, (complaint,) = recognise(checkpoint)
+    seen = quantised_as(checkpoint)
+    assert seen is not None
+    assert seen in complaint.problem
+    assert words in seen or order == -1
 
 
 NOT_QUANTISED: dict[str, Tensors] = {
     "nothing odd": PLAIN,
+    "no tensors": {},
     "parameters called scale": {
         "layers.0.hc_attn_scale": ("F32", (3,)),
         "layers.0.hc_attn.weight": ("BF16", (3, 4)),
         "embed_scale": ("F32", ()),
-        "logit_scale": ("F32", ()),
         "q_l2_clip.scale": ("F32", ()),
     },
     "a scale of a float weight": {"norm.weight": ("BF16", (4,)), "norm.scale": ("BF16", (4,))},
@@ -184,24 +125,59 @@ NOT_QUANTISED: dict[str, Tensors] = {
     },
     "fp8 without a scale": {"w.weight": ("F8_E4M3", (4, 4)), "v.weight": ("F8_E5M2", (4, 4))},
     "calibration of a cache": {"attn.k_scale": ("F32", ()), "attn.v_scale": ("F32", ()), "k.weight": ("BF16", (4,))},
+    "x_blocks of floats": {"x_blocks": ("BF16", (2,)), "x_scales": ("BF16", (2,))},
+    "x.qweight of floats": {"x.qweight": ("BF16", (2,)), "mask": ("U8", (2,))},
+    "x.weight_packed of floats": {"x.weight_packed": ("BF16", (2,)), "mask": ("U8", (2,))},
+    "x.absmax of floats": {"x": ("BF16", (2,)), "x.absmax": ("F32", (2,)), "mask": ("U8", (2,))},
 }
 
 
 @pytest.mark.parametrize("tensors", NOT_QUANTISED.values(), ids=NOT_QUANTISED.keys())
 def test_plain_checkpoints(tmp_path: Path, tensors: Tensors) -> None:
-    checkpoint = checkpoint_of(tmp_path, tensors, {"tie_word_embeddings": False, "torch_dtype": "bfloat16"})
+    checkpoint = folder_of(tmp_path, tensors, {"model_type": "x", "torch_dtype": "bfloat16"})
+    assert recognise(checkpoint) == (Quantisation(), [])
     assert quantised_as(checkpoint) is None
-    assert quantisation_complaint(checkpoint) == []
 
 
 @pytest.mark.parametrize("value", [None, {}, [], "none", False], ids=repr)
 def test_an_empty_config_means_nothing(tmp_path: Path, value: Any) -> None:
     config = {"quantization_config": value, "text_config": {"quantization_config": value}}
-    assert quantised_as(checkpoint_of(tmp_path, PLAIN, config)) is None
+    assert recognised(tmp_path, PLAIN, config) == Quantisation()
+
+
+@pytest.mark.parametrize(
+    "path", [("llm_config",), ("language_config",), ("thinker_config", "text_config")], ids="/".join
+)
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_nested_configs(tmp_path: Path, path: tuple[str, ...], key: str) -> None:
+    inner = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config: dict[str, Any] = {key: inner}
+    for part in reversed(path):
+        config = {part: config}
+    found = recognised(tmp_path, FP8_BLOCKS, {"model_type": "x", **config})
+    assert (found.config, found.config_place) == (inner, "config.json:" + ".".join(path))
+    assert f"({key} in config.json:" in found.description
 
 
 def test_odd_values_in_a_config_are_shown_safely(tmp_path: Path) -> None:
     config = {"quant_method": "a\x1b[31m", "weight_block_size": [None], "format": "\n", "bits": [4]}
-    found = quantised_as(checkpoint_of(tmp_path, PLAIN, {"quantization_config": config}))
-    assert found is not None
-    assert found.isprintable()
+    found, (complaint,) = recognise(folder_of(tmp_path, PLAIN, config))
+    assert found.description.isprintable()
+    assert complaint.problem.isprintable()
+
+
+def test_weights_of_one_shape_share_their_format(tmp_path: Path) -> None:
+    tensors = {
+        f"layers.{i}.{name}": kind
+        for i in range(2000)
+        for name, kind in (
+            ("up.weight", ("F8_E4M3", (2, 2))),
+            ("up.weight_scale_inv", ("F32", (1, 1))),
+            ("norm.weight", ("BF16", (2,))),
+        )
+    }
+    write_headers(tmp_path / "model.safetensors", tensors)
+    found, complaints = recognise(open_checkpoint(tmp_path))
+    assert complaints == []
+    assert len(found.weights) == 2000
+    assert len({id(w.format) for w in found.weights.values()}) == 1, "formats are shared, not made for each weight"
