@@ -268,8 +268,9 @@ class Recomputed:
         shape = grid_shape(format_, (member.rows, member.cols))
         stored = checkpoint.tensors.shapes[row]
         codes = self.readers.codes(checkpoint, row, 0, stored[0] if stored else 1)
-        planes = codes.reshape(-1, rows or shape[0], shape[1])
-        return planes[member.e if len(planes) > 1 else 0]
+        planes: NDArray[Any] = codes.reshape(-1, rows or shape[0], shape[1])
+        plane: NDArray[Any] = planes[member.e if len(planes) > 1 else 0]
+        return plane
 
     def second(self, checkpoint: Checkpoint, row: int, e: int) -> float:
         stored = checkpoint.tensors.shapes[row]

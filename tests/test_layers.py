@@ -21,6 +21,7 @@ LAYERS = [
     ("cli",),
     ("demo",),
     ("verification", "streaming"),
+    ("recompute",),
     ("merging",),
     ("publish", "report"),
     ("engine",),

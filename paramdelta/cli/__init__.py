@@ -21,15 +21,25 @@ def main() -> NoReturn:
     """Run the command line and exit with its code."""
     from paramdelta.cli.commands import cli
 
-    signal.signal(signal.SIGTERM, _terminate)
+    signals: list[int] = []
+
+    def interrupt(number: int, _frame: object) -> NoReturn:
+        """Both signals end alike: workers stop, the temporary folder goes away."""
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     as_json = "--json" in sys.argv[1:]
     try:
         code = cli.main(prog_name="paramdelta", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        print("interrupted: nothing was published, the temporary folder is removed", file=sys.stderr, flush=True)
-        # Not sys.exit: an interrupt that fell into an exec() during an import makes the interpreter end by SIGINT,
-        # handled or not. Workers are joined and files are gone by now.
-        os._exit(EXIT_INTERRUPTED)
+        _end_interrupted()
+    except ImportError:
+        # An interrupt within the start of an extension module comes out as its failure.
+        if signals:
+            _end_interrupted()
+        raise
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -68,6 +78,8 @@ def error_document(error: ParamDeltaError) -> dict[str, Any]:
     }
 
 
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    """SIGTERM ends like Ctrl-C: workers stop, the temporary folder goes away."""
-    raise KeyboardInterrupt
+def _end_interrupted() -> NoReturn:
+    print("interrupted: nothing was published, the temporary folder is removed", file=sys.stderr, flush=True)
+    # Not sys.exit: an interrupt that fell into an exec() during an import makes the interpreter end by SIGINT, handled
+    # or not. Workers are joined and files are gone by now.
+    os._exit(EXIT_INTERRUPTED)
