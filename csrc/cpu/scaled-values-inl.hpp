@@ -109,6 +109,7 @@ inline void find_scales(Plane& plane, std::size_t r, std::size_t c, std::size_t 
   const std::size_t step = by_chunk ? kChunk : 1;
   const std::size_t places = (n + step - 1) / step;
   const std::size_t start = c + s.col_phase;
+  for (std::size_t k = places; k < rounded_up(n) / step; ++k) plane.scales[k] = 1.0;  // of padding
   if (s.cols == step) {  // a scale for each place
     const std::ptrdiff_t first = row + static_cast<std::ptrdiff_t>(start / s.cols);
     if (plane.bytes) {
@@ -134,6 +135,7 @@ inline void read_row(Plane& plane, std::size_t r, std::size_t c, std::size_t n, 
   decode_row(plane, r, c, n, work.padded, out);
   if (plane.matrix->scales.zero_points != nullptr && plane.matrix->codec == Codec::i4 && plane.matrix->data != nullptr)
     apply_zero_points(plane, r, c, n, out);
+  for (std::size_t i = n; i < rounded_up(n); ++i) out[i] = 0.0f;
   find_scales(plane, r, c, n, work.by_chunk);
 }
 
@@ -174,7 +176,7 @@ inline void round_row(const double* acc, bool to_bf16, float* x, std::uint32_t* 
 }
 
 // The merged values of `n` columns from column c of row r on: as binary64 in work.acc where `x` is null, else rounded
-// in `x`. Columns up to the next multiple of kStep become zeros.
+// in `x`. Columns up to the next multiple of kStep are zeros, and touched by nothing.
 inline void row_values(const ScaledMerge& job, ScaledWork& work, std::size_t r, std::size_t c, std::size_t n,
                        float* x) {
   const std::size_t steps = rounded_up(n);
@@ -195,9 +197,4 @@ inline void row_values(const ScaledMerge& job, ScaledWork& work, std::size_t r, 
       add_row<1>(work.post, post.scales, work.base, base.scales, alpha, work.acc, work.touched, steps);
   }
   if (x != nullptr) round_row(work.acc, job.recipe.values_bf16, x, work.largest, steps);
-  for (std::size_t i = n; i < steps; ++i) {
-    work.touched[i] = 0;
-    work.largest[i] = 0;
-    if (x != nullptr) x[i] = 0.0f;
-  }
 }
