@@ -110,7 +110,7 @@ inline void find_scales(Plane& plane, std::size_t r, std::size_t c, std::size_t 
   const std::size_t places = (n + step - 1) / step;
   const std::size_t start = c + s.col_phase;
   for (std::size_t k = places; k < rounded_up(n) / step; ++k) plane.scales[k] = 1.0;  // of padding
-  if (s.cols == step) {  // a scale for each place
+  if (s.cols == step) {                                                               // a scale for each place
     const std::ptrdiff_t first = row + static_cast<std::ptrdiff_t>(start / s.cols);
     if (plane.bytes) {
       const Code8* bytes = static_cast<const Code8*>(s.data) + first;
@@ -175,12 +175,53 @@ inline void round_row(const double* acc, bool to_bf16, float* x, std::uint32_t* 
   for (std::size_t i = 0; i < n; ++i) largest[i] = larger(largest[i], bits_as<std::uint32_t>(x[i]) & 0x7FFFFFFFu);
 }
 
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+// Eight columns of merge_row(): acc of one term, and which columns it touches.
+inline __m512d merge_eight(const float* next, const float* post, const float* base, __m512d ns, __m512d ps, __m512d bs,
+                           __m512d alpha, __mmask8& touched) {
+  const __m512d p = _mm512_mul_pd(_mm512_maskz_cvtps_pd(0xFF, _mm256_load_ps(post)), ps);
+  const __m512d b = _mm512_mul_pd(_mm512_maskz_cvtps_pd(0xFF, _mm256_load_ps(base)), bs);
+  const __m512d acc = _mm512_mul_pd(_mm512_maskz_cvtps_pd(0xFF, _mm256_load_ps(next)), ns);
+  const __m512d delta = _mm512_sub_pd(p, b);
+  touched = _mm512_cmp_pd_mask(delta, _mm512_setzero_pd(), _CMP_NEQ_UQ);
+  return _mm512_mask_add_pd(acc, touched, acc, _mm512_mul_pd(alpha, delta));
+}
+
+// start_row(), add_row() and round_row() in one, for one term and a scale per chunk, by way of registers.
+inline void merge_row(ScaledWork& work, const double* post_scales, const double* base_scales, double alpha, float* x,
+                      std::size_t n) {
+  const __m512d a = _mm512_set1_pd(alpha);
+  const __m512i ones = _mm512_set1_epi32(1), magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+  for (std::size_t i = 0; i < n; i += kChunk) {
+    const __m512d ns = _mm512_set1_pd(work.new_base.scales[i / kChunk]);
+    const __m512d ps = _mm512_set1_pd(post_scales[i / kChunk]), bs = _mm512_set1_pd(base_scales[i / kChunk]);
+    __mmask8 t0, t1;
+    const __m512d low = merge_eight(work.next + i, work.post + i, work.base + i, ns, ps, bs, a, t0);
+    const __m512d high = merge_eight(work.next + i + 8, work.post + i + 8, work.base + i + 8, ns, ps, bs, a, t1);
+    const __m512 v = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_maskz_cvtpd_ps(0xFF, low)),
+                                        _mm512_maskz_cvtpd_ps(0xFF, high), 1);
+    _mm512_storeu_ps(x + i, v);
+    const __m512i largest = _mm512_load_si512(work.largest + i), touched = _mm512_load_si512(work.touched + i);
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), magnitude);
+    _mm512_store_si512(work.largest + i, _mm512_maskz_max_epu32(0xFFFF, largest, bits));
+    _mm512_store_si512(work.touched + i, _mm512_mask_mov_epi32(touched, static_cast<__mmask16>(t0 | (t1 << 8)), ones));
+  }
+}
+#endif
+
 // The merged values of `n` columns from column c of row r on: as binary64 in work.acc where `x` is null, else rounded
 // in `x`. Columns up to the next multiple of kStep are zeros, and touched by nothing.
 inline void row_values(const ScaledMerge& job, ScaledWork& work, std::size_t r, std::size_t c, std::size_t n,
                        float* x) {
   const std::size_t steps = rounded_up(n);
   read_row(work.new_base, r, c, n, work, work.next);
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+  if (x != nullptr && job.n_terms == 1 && work.by_chunk && !job.recipe.values_bf16) {
+    read_row(work.terms[0], r, c, n, work, work.post);
+    read_row(work.terms[1], r, c, n, work, work.base);
+    return merge_row(work, work.terms[0].scales, work.terms[1].scales, job.terms[0].alpha, x, steps);
+  }
+#endif
   if (work.by_chunk)
     start_row<kChunk>(work.next, work.new_base.scales, work.acc, steps);
   else
