@@ -1,6 +1,9 @@
 // Merged values of a row of quantised matrices: decode, scale, add up, round to binary32 or bf16. Included like
 // tile-inl.hpp, by scaled-inl.hpp. Loops take a multiple of kStep columns.
 
+// How far ahead rows are fetched.
+constexpr std::ptrdiff_t kRowsAhead = 2;
+
 // kBlock codes of eight or four bits as binary32, which holds every one of their values.
 template <Codec C>
 inline void codes_to_floats(const unsigned char* in, float* out) {
@@ -48,6 +51,25 @@ inline void codes_to_row(const unsigned char* in, float* out, std::size_t n) {
   for (std::size_t i = 0; i < n; i += kBlock) codes_to_floats<C>(in + i / kBlock * bytes, out + i);
 }
 
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+// decode_tile() of f8_e4m3 by way of f16, 32 codes at a time and without a stop in memory.
+inline void decode_e4m3(const unsigned char* in, float* out, std::size_t n) {
+  const __m512i seven = _mm512_set1_epi16(0x7F);
+  const __m512 rebias = _mm512_set1_ps(256.0f);
+  for (std::size_t i = 0; i < n; i += 32) {
+    // Sign-extended, a code has its sign in bits 15 and 14 once its magnitude is in place.
+    const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(code, seven), seven);
+    __m512i halves = _mm512_and_si512(_mm512_slli_epi16(code, 7), _mm512_set1_epi16(static_cast<short>(0xBF80)));
+    halves = _mm512_mask_mov_epi16(halves, nan, _mm512_set1_epi16(0x7E00));
+    const __m512 low = _mm512_maskz_cvtph_ps(0xFFFF, _mm512_castsi512_si256(halves));
+    const __m512 high = _mm512_maskz_cvtph_ps(0xFFFF, _mm512_maskz_extracti64x4_epi64(0xFF, halves, 1));
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(low, rebias));
+    _mm512_storeu_ps(out + i + 16, _mm512_mul_ps(high, rebias));
+  }
+}
+#endif
+
 // The codes of `n` columns from column c of row r on, an even one where two share a byte, before their scales.
 inline void decode_row(const Plane& plane, std::size_t r, std::size_t c, std::size_t n, unsigned char* buffer,
                        float* out) {
@@ -59,6 +81,9 @@ inline void decode_row(const Plane& plane, std::size_t r, std::size_t c, std::si
   }
   const unsigned char* data = static_cast<const unsigned char*>(matrix.data) +
                               static_cast<std::ptrdiff_t>(r) * matrix.pitch + bytes_of(matrix.codec, c);
+  // A tile is a short run in each of many rows, too short for the processor to see where the next begins.
+  for (std::size_t at = 0; at < bytes_of(matrix.codec, n); at += 64)
+    __builtin_prefetch(data + kRowsAhead * matrix.pitch + at, 0, 2);
   if (n != steps) {
     const std::size_t bytes = bytes_of(matrix.codec, n);
     std::memcpy(buffer, data, bytes);
@@ -68,7 +93,11 @@ inline void decode_row(const Plane& plane, std::size_t r, std::size_t c, std::si
   switch (matrix.codec) {
     case Codec::bf16: return decode_tile<DType::bf16>(data, out, steps);
     case Codec::f16: return decode_tile<DType::f16>(data, out, steps);
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+    case Codec::f8_e4m3: return decode_e4m3(data, out, steps);
+#else
     case Codec::f8_e4m3: return decode_tile<DType::f8_e4m3>(data, out, steps);
+#endif
     case Codec::f8_e5m2: return decode_tile<DType::f8_e5m2>(data, out, steps);
     case Codec::f8_e4m3fnuz: return codes_to_row<Codec::f8_e4m3fnuz>(data, out, steps);
     case Codec::f8_e5m2fnuz: return codes_to_row<Codec::f8_e5m2fnuz>(data, out, steps);
