@@ -26,10 +26,13 @@ LAYERS = [
     ("engine",),
     ("plan",),
     ("checkpoint",),
-    ("ops",),
+    ("ops", "scaled"),
     ("tensors",),
     ("backends",),
+    ("reference_scaled",),
+    ("reference_codes",),
     ("reference",),
+    ("formats",),
     ("dtypes", "errors", "_cpu"),
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

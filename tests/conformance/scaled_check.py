@@ -236,7 +236,10 @@ def outputs() -> list[Output]:
     found.append(Output("f8_e4m3", RECIPES["mxfp8"], 1, 32, "f8_e8m0"))
     for name in ("mxfp4-openai", "mxfp4-deepseek", "mxfp4-compressed-tensors"):
         found.append(Output("f4", RECIPES[name], 1, 32, "f8_e8m0"))
-    found += [Output("f4", RECIPES[f"nvfp4-{n}"], 1, 16, "f8_e4m3", s) for n, s in (("modelopt", 0.003), ("compressed-tensors", 300.0))]
+    found += [
+        Output("f4", RECIPES[f"nvfp4-{n}"], 1, 16, "f8_e4m3", s)
+        for n, s in (("modelopt", 0.003), ("compressed-tensors", 300.0))
+    ]
     found += [Output("i4", RECIPES["int4"], 1, 32, "bf16"), Output("i4", RECIPES["int4"], 1, 128, "bf16")]
     found += [Output("i4", RECIPES["int4-f32"], 1, 32, "f32"), Output("i4", RECIPES["int4-f32"], 1, 0, "f16")]
     return found
