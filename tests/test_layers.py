@@ -27,7 +27,7 @@ LAYERS = [
     ("engine",),
     ("plan",),
     ("checkpoint",),
-    ("ops",),
+    ("ops", "scaled"),
     ("tensors",),
     ("backends",),
     ("reference_scaled",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from paramdelta.backends import Capabilities, Counts, Norms, Operand, Term
 from paramdelta.dtypes import MERGE_DTYPES
@@ -80,6 +81,12 @@ def norms(
             isa=isa,
         )
     )
+
+
+def merge_scaled(**job: Any) -> tuple[int, int, int, bool, float, float, float]:
+    """Merge matrices of codes and scales; keywords and result are those of ``_cpu.merge_scaled``."""
+    result: tuple[int, int, int, bool, float, float, float] = _extension().merge_scaled(**job)
+    return result
 
 
 def _extension() -> ModuleType:
