@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "paramdelta-benchmarks/1"
-GROUPS = ("kernels", "merges", "start", "many")
+GROUPS = ("kernels", "merges", "quantised", "start", "many")
 UNITS = ("B/s", "s", "B")
 OURS = "paramdelta"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bound, kernels, machine, report, results, whole
+from benchmarks import bound, kernels, machine, quantised, report, results, whole
 from benchmarks.results import Record
 
 RESULTS = Path(__file__).with_name("results")
@@ -41,13 +41,15 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[Record]:
             log(f"kernels skipped: {reason}")
             yield Record("kernels", "all", results.OURS, {}, skipped=reason)
         else:
-            for record in kernels.run(quick=options.quick):
+            for record in itertools.chain(kernels.run(quick=options.quick), quantised.run(quick=options.quick)):
                 log(f"{record.case}: {record.ratios['of_bound']:.2f} of the bound")
                 yield record
+    places = whole.default_places(options.disk)
+    if options.place != "both":
+        places = tuple(p for p in places if (p == whole.TMPFS) == (options.place == "tmpfs"))
+    if "quantised" in groups:
+        yield from quantised.merges(options.size, quick=options.quick, threads=options.threads, places=places, log=log)
     if "merges" in groups:
-        places = whole.default_places(options.disk)
-        if options.place != "both":
-            places = tuple(p for p in places if (p == whole.TMPFS) == (options.place == "tmpfs"))
         yield from whole.merges(options.size, quick=options.quick, threads=options.threads, places=places, log=log)
     if "many" in groups:
         yield from whole.many(quick=options.quick, threads=options.threads, log=log)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from paramdelta.checkpoint.families import output_format
-from paramdelta.dtypes import BF16, BY_NAME, DType
+from paramdelta.dtypes import BF16, BY_NAME, F8_E4M3, DType
 from paramdelta.errors import Complaint, shown
 from paramdelta.formats import Format
 from paramdelta.plan.naming import EMBEDDINGS, Names, is_head
@@ -73,7 +74,7 @@ class _Chooser:
             formats, like = [None] * len(self.pairing.names), None
         else:
             formats, like = self.named(wanted)
-        formats = [None if f is None else replace(f, zero_points=False) for f in formats]
+        formats = [None if f is None else _written(f) for f in formats]
         dtypes = [self.dtype(i, format_) for i, format_ in enumerate(formats)]
         return Stored(formats=formats, dtypes=dtypes, like=like)
 
@@ -171,6 +172,13 @@ class _Chooser:
         if not quantised:
             return stored
         return BY_NAME[self.request.format] if self.request.format in PLAIN_FORMATS else BF16
+
+
+@functools.cache
+def _written(stored: Format) -> Format:
+    """Return the form in which a format is written: without zero points, and in its recipe's own codes."""
+    made = replace(stored, zero_points=False, codec=stored.recipe.codec)
+    return made if made.codec == stored.codec else replace(made, codes_dtype=F8_E4M3)
 
 
 def unquantised_modules(pairing: Pairing, formats: list[Format | None], tied: bool) -> list[str]:
