@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,28 +16,57 @@ from paramdelta.errors import StorageError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_LOCK = "lock"
 
 
 class Staging:
-    """A temporary folder beside ``target`` that either becomes it (:meth:`publish`) or goes away without a trace."""
+    """A folder beside ``target`` in which the output is built: it either becomes the target (:meth:`publish`) or goes
+    away without a trace, unless it is told to stay (:meth:`keep`) for a later run to continue.
+
+    ``control`` is .TARGET.partial, locked against another merge into the same target; ``folder`` within it is what will
+    be the target. What an earlier run left there is found, not removed: see :meth:`clear`.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.folder = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-        self._published = False
+        self.control = target.parent / f".{target.name}.partial"
+        self.folder = self.control / "output"
+        self._lock: int | None = None
+        self._stays = False
 
     def __enter__(self) -> Staging:
         try:
-            self.folder.mkdir()
+            self._lock = _locked(self.control)
+            self.folder.mkdir(exist_ok=True)
+        except BlockingIOError as error:
+            raise StorageError(
+                error.errno, f"{self.target}: another merge is writing it (its folder {self.control} is locked)"
+            ) from error
         except OSError as error:
             raise StorageError(
-                error.errno, f"{self.folder}: cannot create the temporary folder: {error.strerror}"
+                error.errno, f"{self.control}: cannot create the temporary folder: {error.strerror}"
             ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._published:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self._stays:
+            shutil.rmtree(self.control, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def keep(self) -> None:
+        """Leave the folder where it is when this run ends without publishing it."""
+        self._stays = True
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, except the lock."""
+        with _storage_errors(self.control, "cannot be cleared"):
+            for entry in self.control.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != _LOCK:
+                    entry.unlink()
+            self.folder.mkdir()
 
     def publish(self, *, overwrite: bool) -> None:
         """Sync every file and the folder, then rename it to the target. With ``overwrite`` an existing target is
@@ -51,13 +81,12 @@ class Staging:
                 self._replace()
             else:
                 _rename_new(self.folder, self.target)
-            self._published = True
+            self._stays = False
             _sync(self.target.parent)
 
     def _replace(self) -> None:
         if _exchange(self.folder, self.target):
-            shutil.rmtree(self.folder)
-            return
+            return  # the old folder goes with the temporary one
         old = self.target.parent / f".{self.target.name}.old-{secrets.token_hex(4)}"
         os.rename(self.target, old)
         try:
@@ -68,13 +97,30 @@ class Staging:
         shutil.rmtree(old)
 
 
+def _locked(control: Path) -> int:
+    """Create a folder where there is none and lock it; return the descriptor that holds the lock."""
+    while True:
+        control.mkdir(exist_ok=True)
+        fd = os.open(control / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_ino == os.stat(control / _LOCK).st_ino:
+                return fd
+        except FileNotFoundError:
+            pass  # whoever held the lock has just removed the folder
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
 def write_files(folder: Path, files: Iterable[tuple[str, bytes | Path]]) -> None:
-    """Write or copy small files into ``folder``; names must be new."""
+    """Write or copy small files into ``folder``, over what an earlier run wrote."""
     for name, content in files:
         path = folder / name
         with _storage_errors(path, "cannot be written"):
             data = content if isinstance(content, bytes) else content.read_bytes()
-            with open(path, "xb") as file:
+            with open(path, "wb") as file:
                 file.write(data)
 
 

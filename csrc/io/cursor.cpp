@@ -77,11 +77,12 @@ bool Cursor::next_piece(Piece& piece) {
   for (;; ++at_.region, at_ = {at_.region, 0, 0, 0, 0}) {
     if (at_.region >= work_.regions.size()) return false;
     const Region& region = work_.regions[at_.region];
+    at_.row = std::max(at_.row, region.first_row);
     if (at_.col >= region.cols) {
       at_.row += at_.rows;
       at_.col = 0;
     }
-    if (at_.row < region.rows && region.cols > 0) break;
+    if (at_.row < region.end_row && region.cols > 0) break;
   }
   const Region& region = work_.regions[at_.region];
   const Unit unit = unit_of(work_, region);
@@ -89,7 +90,7 @@ bool Cursor::next_piece(Piece& piece) {
     return Rectangle::bytes_for(work_, region, rows, cols);
   };
   if (at_.col == 0) {
-    const std::int64_t rows = region.rows - at_.row;
+    const std::int64_t rows = region.end_row - at_.row;
     at_.rows = std::min(unit.rows, rows);
     at_.cols = region.cols;
     if (bytes(at_.rows, at_.cols) <= slot_)

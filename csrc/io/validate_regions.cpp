@@ -2,6 +2,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "io/rectangle.hpp"
 #include "io/work.hpp"
 
 namespace paramdelta::io {
@@ -46,6 +47,11 @@ class Checker {
       check_recipe(region);
     else
       require(region.out_dtype < kMergeDTypeCount, "plain output of a type without arithmetic");
+    require(in_range(region.first_row, region.end_row) && region.end_row <= region.rows, "wanted rows out of range");
+    const std::int64_t unit = unit_of(work_, region).rows;
+    require(
+        unit == 0 || (region.first_row % unit == 0 && (region.end_row % unit == 0 || region.end_row == region.rows)),
+        "wanted rows that are no whole units");
     if (region.measure) require(in_range(region.unit, static_cast<std::int64_t>(work_.units) - 1), "unit out of range");
     check_output(region);
     check_view(region, region.new_view);

@@ -57,11 +57,12 @@ struct View {
 };
 static_assert(sizeof(View) == 112);
 
-// rows × cols elements of an output matrix, whole units of its grid. Output codes: row r at out_offset + r · out_pitch.
+// rows × cols elements of an output matrix, whole units of its grid, of which rows first_row … end_row − 1 are wanted
+// (from the start of a unit to the end of one). Output codes: row r at out_offset + r · out_pitch.
 // `recipe` < 0: plain output of out_dtype. `given_file`, `second_file`: where the binary32 scale of the whole tensor
 // lies that another pass found. `unit`: where a measuring region adds up what it finds.
 struct Region {
-  std::int64_t out_offset, out_pitch, rows, cols;
+  std::int64_t out_offset, out_pitch, rows, cols, first_row, end_row;
   std::int64_t scale_out_offset, scale_out_row_stride, scale_out_col_stride;
   std::int64_t given_offset, second_offset;
   std::int32_t tensor, out_file, scale_out_file, given_file, second_file;
@@ -70,7 +71,7 @@ struct Region {
   std::uint8_t out_dtype, keep, measure;
   std::uint8_t pad[5];
 };
-static_assert(sizeof(Region) == 128);
+static_assert(sizeof(Region) == 144);
 
 struct RegionTerm {
   double alpha;

@@ -171,6 +171,8 @@ class RegionMaker:
                 pitch * out.step,
                 rows,
                 cols,
+                0,
+                rows,
                 0 if scale is None else scale.offset + strides[0],
                 strides[1],
                 strides[2],

@@ -86,6 +86,8 @@ REGION = np.dtype(
         ("out_pitch", "<i8"),  # bytes from one row to the next
         ("rows", "<i8"),
         ("cols", "<i8"),
+        ("first_row", "<i8"),  # of the rows that are wanted, and the row behind the last one
+        ("end_row", "<i8"),
         ("scale_out_offset", "<i8"),
         ("scale_out_row_stride", "<i8"),
         ("scale_out_col_stride", "<i8"),
