@@ -91,9 +91,9 @@ PARAMDELTA_HOST_DEVICE inline std::uint32_t stored_power(DType dtype, std::uint3
 PARAMDELTA_HOST_DEVICE inline UnitScale unit_of_amax(const Recipe& recipe, float second, float amax) {
   const DType dtype = recipe.scale_dtype;
   if (amax < recipe.floor) amax = recipe.floor;
-  const std::uint32_t zero = encode_scale(dtype, recipe.zero);
-  std::uint32_t stored = zero;
-  if (amax > 0.0f) {
+  std::uint32_t stored = 0;
+  bool zero = !(amax > 0.0f);
+  if (!zero) {
     switch (recipe.rule) {
       case ScaleRule::ratio: stored = encode_scale(dtype, amax / recipe.largest); break;
       case ScaleRule::ceil2: {
@@ -118,7 +118,7 @@ PARAMDELTA_HOST_DEVICE inline UnitScale unit_of_amax(const Recipe& recipe, float
       }
       case ScaleRule::nv_multiply: {
         const float ratio = amax / (6.0f * second);
-        if (ratio == 0.0f) break;
+        zero = ratio == 0.0f;
         stored = encode_scale(dtype, ratio < 0x1p-9f ? 0x1p-9f : ratio > 448.0f ? 448.0f : ratio);
         break;
       }
@@ -128,9 +128,10 @@ PARAMDELTA_HOST_DEVICE inline UnitScale unit_of_amax(const Recipe& recipe, float
         break;
       }
     }
-    // A scale that underflows divides by zero: it becomes what a unit of zeros has.
-    if (stored == 0 && dtype != DType::f8_e8m0) stored = zero;
+    // A scale that underflows would divide by zero: it becomes what a unit of zeros has.
+    zero = zero || (stored == 0 && dtype != DType::f8_e8m0);
   }
+  if (zero) stored = encode_scale(dtype, recipe.zero);
   return unit_of_stored(recipe, second, dtype, stored);
 }
 
