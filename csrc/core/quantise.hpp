@@ -39,16 +39,34 @@ PARAMDELTA_HOST_DEVICE inline std::uint32_t encode_scale(DType dtype, float scal
   }
 }
 
-PARAMDELTA_HOST_DEVICE inline std::uint32_t load_scale(DType dtype, const void* data, std::ptrdiff_t i) {
-  std::uint32_t bits = 0;
-  const std::size_t size = scale_size(dtype);
-  std::memcpy(&bits, static_cast<const unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(size), size);
+template <class Stored>
+PARAMDELTA_HOST_DEVICE inline std::uint32_t load_as(const void* data, std::ptrdiff_t i) {
+  Stored bits;
+  std::memcpy(&bits, static_cast<const unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(sizeof(bits)),
+              sizeof(bits));
   return bits;
 }
 
+template <class Stored>
+PARAMDELTA_HOST_DEVICE inline void store_as(void* data, std::ptrdiff_t i, std::uint32_t from) {
+  const Stored bits = static_cast<Stored>(from);
+  std::memcpy(static_cast<unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(sizeof(bits)), &bits, sizeof(bits));
+}
+
+PARAMDELTA_HOST_DEVICE inline std::uint32_t load_scale(DType dtype, const void* data, std::ptrdiff_t i) {
+  switch (scale_size(dtype)) {
+    case 1: return load_as<std::uint8_t>(data, i);
+    case 2: return load_as<std::uint16_t>(data, i);
+    default: return load_as<std::uint32_t>(data, i);
+  }
+}
+
 PARAMDELTA_HOST_DEVICE inline void store_scale(DType dtype, void* data, std::ptrdiff_t i, std::uint32_t bits) {
-  const std::size_t size = scale_size(dtype);
-  std::memcpy(static_cast<unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(size), &bits, size);
+  switch (scale_size(dtype)) {
+    case 1: return store_as<std::uint8_t>(data, i, bits);
+    case 2: return store_as<std::uint16_t>(data, i, bits);
+    default: return store_as<std::uint32_t>(data, i, bits);
+  }
 }
 
 // What codes of a plane are multiplied with, exactly, where a scale is stored as this number.

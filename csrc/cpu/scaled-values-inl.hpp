@@ -139,24 +139,18 @@ inline void find_scales(Plane& plane, std::size_t r, std::size_t c, std::size_t 
   const std::size_t places = (n + step - 1) / step;
   const std::size_t start = c + s.col_phase;
   for (std::size_t k = places; k < rounded_up(n) / step; ++k) plane.scales[k] = 1.0;  // of padding
-  if (s.cols == step) {                                                               // a scale for each place
-    const std::ptrdiff_t first = row + static_cast<std::ptrdiff_t>(start / s.cols);
-    if (plane.bytes) {
-      const Code8* bytes = static_cast<const Code8*>(s.data) + first;
-      for (std::size_t k = 0; k < places; ++k) plane.scales[k] = plane.table[bytes[k]];
-    } else {
-      for (std::size_t k = 0; k < places; ++k)
-        plane.scales[k] = scale_at(plane, first + static_cast<std::ptrdiff_t>(k));
-    }
+  if (s.cols == 0) {
+    const double scale = scale_at(plane, row);
+    for (std::size_t k = 0; k < places; ++k) plane.scales[k] = scale;
     return;
   }
-  for (std::size_t k = 0; k < places;) {
-    const std::size_t at = start + k * step;
-    const std::size_t cell = s.cols == 0 ? 0 : at / s.cols;
-    std::size_t end = places;
-    if (s.cols != 0 && ((cell + 1) * s.cols - start) / step < places) end = ((cell + 1) * s.cols - start) / step;
-    const double scale = scale_at(plane, row + static_cast<std::ptrdiff_t>(cell));
-    for (; k < end; ++k) plane.scales[k] = scale;
+  const std::size_t width = s.cols / step;  // of a cell of the grid, in places
+  std::ptrdiff_t cell = row + static_cast<std::ptrdiff_t>(start / s.cols);
+  std::size_t k = 0, end = width - start % s.cols / step;
+  for (; k < places; ++cell, end += width) {
+    const double scale = scale_at(plane, cell);
+    const std::size_t stop = end < places ? end : places;
+    for (; k < stop; ++k) plane.scales[k] = scale;
   }
 }
 
