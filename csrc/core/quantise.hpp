@@ -39,16 +39,34 @@ PARAMDELTA_HOST_DEVICE inline std::uint32_t encode_scale(DType dtype, float scal
   }
 }
 
-PARAMDELTA_HOST_DEVICE inline std::uint32_t load_scale(DType dtype, const void* data, std::ptrdiff_t i) {
-  std::uint32_t bits = 0;
-  const std::size_t size = scale_size(dtype);
-  std::memcpy(&bits, static_cast<const unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(size), size);
+template <class Stored>
+PARAMDELTA_HOST_DEVICE inline std::uint32_t load_as(const void* data, std::ptrdiff_t i) {
+  Stored bits;
+  std::memcpy(&bits, static_cast<const unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(sizeof(bits)),
+              sizeof(bits));
   return bits;
 }
 
+template <class Stored>
+PARAMDELTA_HOST_DEVICE inline void store_as(void* data, std::ptrdiff_t i, std::uint32_t from) {
+  const Stored bits = static_cast<Stored>(from);
+  std::memcpy(static_cast<unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(sizeof(bits)), &bits, sizeof(bits));
+}
+
+PARAMDELTA_HOST_DEVICE inline std::uint32_t load_scale(DType dtype, const void* data, std::ptrdiff_t i) {
+  switch (scale_size(dtype)) {
+    case 1: return load_as<std::uint8_t>(data, i);
+    case 2: return load_as<std::uint16_t>(data, i);
+    default: return load_as<std::uint32_t>(data, i);
+  }
+}
+
 PARAMDELTA_HOST_DEVICE inline void store_scale(DType dtype, void* data, std::ptrdiff_t i, std::uint32_t bits) {
-  const std::size_t size = scale_size(dtype);
-  std::memcpy(static_cast<unsigned char*>(data) + i * static_cast<std::ptrdiff_t>(size), &bits, size);
+  switch (scale_size(dtype)) {
+    case 1: return store_as<std::uint8_t>(data, i, bits);
+    case 2: return store_as<std::uint16_t>(data, i, bits);
+    default: return store_as<std::uint32_t>(data, i, bits);
+  }
 }
 
 // What codes of a plane are multiplied with, exactly, where a scale is stored as this number.
@@ -91,9 +109,9 @@ PARAMDELTA_HOST_DEVICE inline std::uint32_t stored_power(DType dtype, std::uint3
 PARAMDELTA_HOST_DEVICE inline UnitScale unit_of_amax(const Recipe& recipe, float second, float amax) {
   const DType dtype = recipe.scale_dtype;
   if (amax < recipe.floor) amax = recipe.floor;
-  const std::uint32_t zero = encode_scale(dtype, recipe.zero);
-  std::uint32_t stored = zero;
-  if (amax > 0.0f) {
+  std::uint32_t stored = 0;
+  bool zero = !(amax > 0.0f);
+  if (!zero) {
     switch (recipe.rule) {
       case ScaleRule::ratio: stored = encode_scale(dtype, amax / recipe.largest); break;
       case ScaleRule::ceil2: {
@@ -118,7 +136,7 @@ PARAMDELTA_HOST_DEVICE inline UnitScale unit_of_amax(const Recipe& recipe, float
       }
       case ScaleRule::nv_multiply: {
         const float ratio = amax / (6.0f * second);
-        if (ratio == 0.0f) break;
+        zero = ratio == 0.0f;
         stored = encode_scale(dtype, ratio < 0x1p-9f ? 0x1p-9f : ratio > 448.0f ? 448.0f : ratio);
         break;
       }
@@ -128,9 +146,10 @@ PARAMDELTA_HOST_DEVICE inline UnitScale unit_of_amax(const Recipe& recipe, float
         break;
       }
     }
-    // A scale that underflows divides by zero: it becomes what a unit of zeros has.
-    if (stored == 0 && dtype != DType::f8_e8m0) stored = zero;
+    // A scale that underflows would divide by zero: it becomes what a unit of zeros has.
+    zero = zero || (stored == 0 && dtype != DType::f8_e8m0);
   }
+  if (zero) stored = encode_scale(dtype, recipe.zero);
   return unit_of_stored(recipe, second, dtype, stored);
 }
 

@@ -58,10 +58,35 @@ inline bool fits_scale(const Strip& strip, ScaledWork& work, std::size_t u, floa
   return out == 0;
 }
 
+inline std::uint32_t largest_of(const std::uint32_t* x) {
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+  return _mm512_reduce_max_epu32(_mm512_loadu_si512(x));
+#else
+  std::uint32_t all = 0;
+  for (std::size_t i = 0; i < kChunk; ++i) all = larger(all, x[i]);
+  return all;
+#endif
+}
+
+inline std::uint32_t any_of(const std::uint32_t* x) {
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+  const __m512i all = _mm512_loadu_si512(x);
+  return _mm512_test_epi32_mask(all, all) != 0 ? 1u : 0u;
+#else
+  std::uint32_t all = 0;
+  for (std::size_t i = 0; i < kChunk; ++i) all |= x[i];
+  return all;
+#endif
+}
+
 // Decides for every unit of a strip; returns whether any is left to the loops.
 inline bool find_scales_of_units(const ScaledMerge& job, ScaledWork& work, const Strip& strip, double& reference,
                                  ScaledResult& result) {
-  const bool keeping = keeps(job);
+  const bool keeping = !work.measure && keeps(job);
+  const Recipe& recipe = job.recipe;
+  const Scales& from = job.new_base.scales;
+  const std::ptrdiff_t to = unit_index(job, strip.region.row, strip.region.col);
+  const std::ptrdiff_t kept_from = keeping ? scale_index(from, strip.region.row, strip.region.col) : 0;
   bool loops = false;
   float top = 0.0f;
   std::size_t filled = 0;
@@ -71,28 +96,31 @@ inline bool find_scales_of_units(const ScaledMerge& job, ScaledWork& work, const
     const std::size_t place = strip.by_chunk ? begin / kChunk : begin;
     const std::size_t last = strip.by_chunk ? (end + kChunk - 1) / kChunk : end;
     std::uint32_t bits = 0, touched = 0;
-    for (std::size_t i = begin; i < end; ++i) bits = larger(bits, work.largest[i]);
-    for (std::size_t i = begin; i < end; ++i) touched |= work.touched[i];
+    std::size_t i = begin;
+    for (; i + kChunk <= end; i += kChunk) {
+      bits = larger(bits, largest_of(work.largest + i));
+      touched |= any_of(work.touched + i);
+    }
+    for (; i < end; ++i) {
+      bits = larger(bits, work.largest[i]);
+      touched |= work.touched[i];
+    }
     UnitChoice choice;
     work.way[u] = kLiteral;
     const float amax = bits_as<float>(bits);
     if (bits < 0x7F800000u) {
-      const Region unit = unit_region(strip, u);
-      const bool integers = keeping && touched != 0 && job.recipe.codec == Codec::i4;
-      bool fits = false;
-      if (integers && strip.kept && !work.measure) {
-        const Scales& s = job.new_base.scales;
-        fits = fits_scale(strip, work, u,
-                          decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, unit.row, unit.col))));
-      }
+      const std::ptrdiff_t unit = static_cast<std::ptrdiff_t>(u);
+      const bool integers = keeping && touched != 0 && recipe.codec == Codec::i4;
+      const std::uint32_t stored = keeping ? load_scale(from.dtype, from.data, kept_from + unit) : 0;
       if (work.measure) {
         work.way[u] = kByLoops;
       } else if (!integers || strip.kept) {
-        choice = choose(job, unit.row, unit.col, touched != 0, amax, fits);
+        const bool fits = integers && fits_scale(strip, work, u, decode_scale(from.dtype, stored));
+        choice = choose(job, keeping ? &stored : nullptr, touched != 0, amax, fits);
         const std::uint32_t factor = bits_as<std::uint32_t>(choice.scale.factor) & 0x7FFFFFFFu;
         if (factor != 0 && factor < 0x7F800000u) {
           work.way[u] = choice.copied ? kCopied : kByLoops;
-          write_scale(job, unit.row, unit.col, choice);
+          if (!job.given) store_scale(recipe.scale_dtype, job.out_scales, to + unit, choice.scale.stored);
           loops = true;
         }
       }

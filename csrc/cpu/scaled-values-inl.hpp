@@ -139,24 +139,18 @@ inline void find_scales(Plane& plane, std::size_t r, std::size_t c, std::size_t 
   const std::size_t places = (n + step - 1) / step;
   const std::size_t start = c + s.col_phase;
   for (std::size_t k = places; k < rounded_up(n) / step; ++k) plane.scales[k] = 1.0;  // of padding
-  if (s.cols == step) {                                                               // a scale for each place
-    const std::ptrdiff_t first = row + static_cast<std::ptrdiff_t>(start / s.cols);
-    if (plane.bytes) {
-      const Code8* bytes = static_cast<const Code8*>(s.data) + first;
-      for (std::size_t k = 0; k < places; ++k) plane.scales[k] = plane.table[bytes[k]];
-    } else {
-      for (std::size_t k = 0; k < places; ++k)
-        plane.scales[k] = scale_at(plane, first + static_cast<std::ptrdiff_t>(k));
-    }
+  if (s.cols == 0) {
+    const double scale = scale_at(plane, row);
+    for (std::size_t k = 0; k < places; ++k) plane.scales[k] = scale;
     return;
   }
-  for (std::size_t k = 0; k < places;) {
-    const std::size_t at = start + k * step;
-    const std::size_t cell = s.cols == 0 ? 0 : at / s.cols;
-    std::size_t end = places;
-    if (s.cols != 0 && ((cell + 1) * s.cols - start) / step < places) end = ((cell + 1) * s.cols - start) / step;
-    const double scale = scale_at(plane, row + static_cast<std::ptrdiff_t>(cell));
-    for (; k < end; ++k) plane.scales[k] = scale;
+  const std::size_t width = s.cols / step;  // of a cell of the grid, in places
+  std::ptrdiff_t cell = row + static_cast<std::ptrdiff_t>(start / s.cols);
+  std::size_t k = 0, end = width - start % s.cols / step;
+  for (; k < places; ++cell, end += width) {
+    const double scale = scale_at(plane, cell);
+    const std::size_t stop = end < places ? end : places;
+    for (; k < stop; ++k) plane.scales[k] = scale;
   }
 }
 
@@ -232,8 +226,7 @@ inline void merge_chunk(__m512 next, __m512 post, __m512 base, double ns, double
   const __m512i largest = _mm512_load_si512(work.largest + i), touched = _mm512_load_si512(work.touched + i);
   const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
   _mm512_store_si512(work.largest + i, _mm512_maskz_max_epu32(0xFFFF, largest, bits));
-  _mm512_store_si512(work.touched + i,
-                     _mm512_mask_mov_epi32(touched, static_cast<__mmask16>(t0 | (t1 << 8)), _mm512_set1_epi32(1)));
+  _mm512_store_si512(work.touched + i, _mm512_mask_mov_epi32(touched, _mm512_kunpackb(t1, t0), _mm512_set1_epi32(1)));
 }
 
 inline void merge_row(ScaledWork& work, const double* post_scales, const double* base_scales, double alpha, float* x,
@@ -245,10 +238,10 @@ inline void merge_row(ScaledWork& work, const double* post_scales, const double*
 }
 
 // 16 codes of f8_e4m3 as f16 whose exponent's bias is 8 more: 2^-8 of their values, but for NaN, which is noted.
-inline __m512 load_e4m3(const unsigned char* in, __mmask16& nan) {
+inline __m512 load_e4m3(const unsigned char* in, __m128i& nan) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
   const __m128i seven = _mm_set1_epi8(0x7F);
-  nan = static_cast<__mmask16>(nan | _mm_cmpeq_epi8_mask(_mm_and_si128(codes, seven), seven));
+  nan = _mm_or_si128(nan, _mm_cmpeq_epi8(_mm_and_si128(codes, seven), seven));
   const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7),
                                           _mm256_set1_epi16(static_cast<short>(0xBF80)));
   return _mm512_maskz_cvtph_ps(0xFFFF, halves);
@@ -259,12 +252,12 @@ inline __m512 load_e4m3(const unsigned char* in, __mmask16& nan) {
 inline void merge_row_e4m3(const unsigned char* next, const unsigned char* post, const unsigned char* base,
                            const double* post_scales, const double* base_scales, double alpha, ScaledWork& work,
                            float* x, std::size_t n) {
-  __mmask16 nan = 0;
+  __m128i nan = _mm_setzero_si128();
   for (std::size_t i = 0; i < n; i += kChunk)
     merge_chunk(load_e4m3(next + i, nan), load_e4m3(post + i, nan), load_e4m3(base + i, nan),
                 work.new_base.scales[i / kChunk] * 256.0, post_scales[i / kChunk] * 256.0,
                 base_scales[i / kChunk] * 256.0, _mm512_set1_pd(alpha), work, i, x);
-  if (nan == 0) return;
+  if (_mm_testz_si128(nan, nan)) return;
   for (std::size_t i = 0; i < n; ++i) work.largest[i] = 0x7FC00000u;
 }
 

@@ -21,8 +21,8 @@ ScaledResult measure_scaled(Isa isa, const ScaledMerge& job);
 ScaledResult merge_scaled_parallel(Isa isa, const ScaledMerge& job, int threads);
 ScaledResult measure_scaled_parallel(Isa isa, const ScaledMerge& job, int threads);
 
-// Rows [first, first + count) of a region; `first` is a multiple of the rows of a unit (any row, for the zero points:
-// phases take care of that). `terms` must outlive the result.
+// Rows [first, first + count) of a region; `first` is a multiple of the rows of a unit of the output. `terms` must
+// outlive the result.
 ScaledMerge rows_of(const ScaledMerge& job, std::size_t first, std::size_t count, std::vector<MatrixTerm>& terms);
 
 }  // namespace paramdelta::cpu

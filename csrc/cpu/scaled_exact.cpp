@@ -132,41 +132,10 @@ bool keeps(const ScaledMerge& job) {
          job.new_base.scales.dtype == job.recipe.scale_dtype && job.new_base.scales.zero_points == nullptr;
 }
 
-UnitChoice choose(const ScaledMerge& job, std::size_t row, std::size_t col, bool touched, float amax, bool fits) {
-  const Recipe& recipe = job.recipe;
-  UnitChoice choice;
-  if (job.given) {
-    choice.scale = unit_of_stored(recipe, job.second_value, DType::f32, bits_as<std::uint32_t>(job.given_scale));
-    return choice;
-  }
-  if (keeps(job)) {
-    const Scales& s = job.new_base.scales;
-    const std::uint32_t stored = load_scale(s.dtype, s.data, scale_index(s, row, col));
-    const float scale = decode_scale(s.dtype, stored);
-    bool kept = !touched;
-    choice.copied = kept;
-    if (touched && scale > 0.0f && scale < __builtin_inff()) {
-      if (recipe.codec == Codec::i4)
-        kept = fits;
-      else if (s.dtype == DType::f8_e8m0 || (recipe.rule == ScaleRule::ceil2 && is_power_of_two(scale)))
-        kept = static_cast<double>(amax) <= (recipe.codec == Codec::f4 ? 6.0 : 448.0) * static_cast<double>(scale);
-    }
-    if (kept) {
-      choice.scale = unit_of_stored(recipe, job.second_value, s.dtype, stored);
-      return choice;
-    }
-  }
-  choice.scale = unit_of_amax(recipe, job.second_value, amax);
-  return choice;
-}
-
-void write_scale(const ScaledMerge& job, std::size_t row, std::size_t col, const UnitChoice& choice) {
-  if (job.given) return;
+std::ptrdiff_t unit_index(const ScaledMerge& job, std::size_t row, std::size_t col) {
   const std::size_t r = job.grid_rows == 0 ? 0 : row / job.grid_rows;
   const std::size_t c = job.grid_cols == 0 ? 0 : col / job.grid_cols;
-  store_scale(job.recipe.scale_dtype, job.out_scales,
-              static_cast<std::ptrdiff_t>(r) * job.out_scale_pitch + static_cast<std::ptrdiff_t>(c),
-              choice.scale.stored);
+  return static_cast<std::ptrdiff_t>(r) * job.out_scale_pitch + static_cast<std::ptrdiff_t>(c);
 }
 
 void copy_codes(const ScaledMerge& job, const Region& unit) {
@@ -187,11 +156,10 @@ void copy_codes(const ScaledMerge& job, const Region& unit) {
 void unit_exact(const ScaledMerge& job, const Region& unit, Effect effect, ScaledResult& result) {
   bool touched = false, fits = true;
   float amax = 0.0f, kept = 0.0f;
-  const bool integers = job.recipe.codec == Codec::i4 && keeps(job);
-  if (integers) {
-    const Scales& s = job.new_base.scales;
-    kept = decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, unit.row, unit.col)));
-  }
+  const Scales& from = job.new_base.scales;
+  const bool keeping = keeps(job), integers = keeping && job.recipe.codec == Codec::i4;
+  const std::uint32_t stored = keeping ? load_scale(from.dtype, from.data, scale_index(from, unit.row, unit.col)) : 0;
+  if (integers) kept = decode_scale(from.dtype, stored);
   for (std::size_t r = unit.row; r < unit.row + unit.rows; ++r) {
     for (std::size_t c = unit.col; c < unit.col + unit.cols; ++c) {
       const Sum sum = sum_at(job, r, c);
@@ -216,7 +184,7 @@ void unit_exact(const ScaledMerge& job, const Region& unit, Effect effect, Scale
   if (amax > result.amax) result.amax = amax;
   if (effect == Effect::measure) return;
 
-  const UnitChoice choice = choose(job, unit.row, unit.col, touched, amax, fits);
+  const UnitChoice choice = choose(job, keeping ? &stored : nullptr, touched, amax, fits);
   for (std::size_t r = unit.row; r < unit.row + unit.rows; ++r) {
     for (std::size_t c = unit.col; c < unit.col + unit.cols; ++c) {
       const double acc = sum_at(job, r, c).acc;
@@ -234,7 +202,8 @@ void unit_exact(const ScaledMerge& job, const Region& unit, Effect effect, Scale
       put_code(job, r, c, code);
     }
   }
-  write_scale(job, unit.row, unit.col, choice);
+  if (!job.given)
+    store_scale(job.recipe.scale_dtype, job.out_scales, unit_index(job, unit.row, unit.col), choice.scale.stored);
 }
 
 void plain_exact(const ScaledMerge& job, const Region& region, Effect effect, ScaledResult& result) {
