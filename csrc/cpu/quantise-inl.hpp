@@ -1,6 +1,13 @@
 // Codes of a row of values, and what quantising lost. Included like tile-inl.hpp, by scaled-inl.hpp. The values are
 // finite and the factors are finite and not zero.
 
+// The loops for AVX-512 make codes of f8_e4m3 from values this many powers of two smaller than those they stand for.
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+constexpr int kE4m3Down = 13;
+#else
+constexpr int kE4m3Down = 0;
+#endif
+
 // To nearest even by integers, as narrow() of tile-inl.hpp, of |y| up to the largest code; beyond it, that. Returns the
 // code without its sign; `value` is the magnitude that it stands for.
 template <Codec C>
@@ -21,21 +28,51 @@ inline std::uint32_t magnitude_code(std::uint32_t magnitude, float& value) {
 }
 
 #if PARAMDELTA_TARGET == PARAMDELTA_AVX512
-// By hand, 16 columns at a time, because the compiler spills what the loop below keeps between its stages. The steps
-// are those of encode_block(). Two to a byte are packed here: of two codes in 64 bits, v | v >> 28 has both in its low
-// byte.
+// By hand, 16 columns at a time, because the compiler spills what the loop below keeps between its stages. Two to a
+// byte are packed here: of two codes in 64 bits, v | v >> 28 has both in its low byte.
+
+// Codes of y, and what rounding |y| (of i4: y) to them adds to it. A number of the binade 2^e and 2^(e + 23 − mantissa)
+// add up to one whose last places are the number's own, rounded to nearest even: for e at least the exponent of the
+// smallest normal number these are the code's, above 2^mantissa times the field of the exponent less 1. Of e4m3, y
+// comes 2^-13 times as large, so that in the low byte nothing is left to be subtracted from exponent and sum.
+template <Codec C>
+inline __m512i codes_of(__m512 y, __m512& lost) {
+  if constexpr (C == Codec::i4) {
+    const __m512 low = _mm512_maskz_max_ps(0xFFFF, y, _mm512_set1_ps(-8.0f));
+    const __m512 clamped = _mm512_maskz_min_ps(0xFFFF, low, _mm512_set1_ps(7.0f));
+    const __m512 shifted = _mm512_add_ps(clamped, _mm512_set1_ps(12582912.0f));
+    lost = _mm512_sub_ps(_mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0f)), y);
+    return _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x4B400000 - 8));
+  } else {
+    constexpr int mantissa = C == Codec::f4 ? 1 : 3;
+    constexpr int smallest = C == Codec::f4 ? 127 : 127 - 6 - kE4m3Down;
+    const __m512i limit = _mm512_set1_epi32(C == Codec::f4 ? 0x40C00000 : 0x43E00000 - (kE4m3Down << 23));
+    const __m512i bits = _mm512_castps_si512(y);
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+    const __m512i m = _mm512_maskz_min_epu32(0xFFFF, magnitude, limit);
+    const __m512i binade = _mm512_maskz_max_epu32(0xFFFF, _mm512_and_si512(m, _mm512_set1_epi32(0x7F800000)),
+                                                  _mm512_set1_epi32(smallest << 23));
+    const __m512i above = _mm512_add_epi32(binade, _mm512_set1_epi32((23 - mantissa) << 23));
+    const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(m), _mm512_castsi512_ps(above));
+    lost = _mm512_sub_ps(_mm512_sub_ps(sum, _mm512_castsi512_ps(above)), _mm512_castsi512_ps(magnitude));
+    const __m512i codes =
+        _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_maskz_srli_epi32(0xFFFF, above, 23 - mantissa));
+    if constexpr (C == Codec::f8_e4m3) {
+      static_assert(((127 - 6 - kE4m3Down + 20) << 3) % 256 == 0, "what the low byte of the exponent adds");
+      const __m512i sign = _mm512_maskz_srli_epi32(0xFFFF, bits, 24);
+      return _mm512_ternarylogic_epi32(codes, sign, _mm512_set1_epi32(0x80), 0xF8);  // a | (b & c)
+    } else {
+      constexpr int exponents = (127 + 22) << mantissa;  // of what lies above the smallest normal number
+      const __m512i code =
+          _mm512_and_si512(_mm512_sub_epi32(codes, _mm512_set1_epi32(exponents)), _mm512_set1_epi32(7));
+      return _mm512_mask_or_epi32(code, _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ), code,
+                                  _mm512_set1_epi32(8));
+    }
+  }
+}
+
 template <Codec C, bool kMultiply, std::size_t kPlaces>
 inline void encode_codes(const float* x, ScaledWork& work, std::size_t n, unsigned char* out) {
-  constexpr unsigned mantissa = C == Codec::f4 ? 1 : 3;
-  constexpr unsigned bias = C == Codec::f4 ? 1 : 7;
-  constexpr unsigned shift = 23 - mantissa;
-  const __m512i magnitude_bits = _mm512_set1_epi32(0x7FFFFFFF);
-  const __m512i limit = _mm512_set1_epi32(C == Codec::f4 ? 0x40C00000 : 0x43E00000);
-  const __m512i smallest = _mm512_set1_epi32((127 + 1 - bias) << 23);
-  const __m512i align = _mm512_set1_epi32((127 + 1 - bias - mantissa + 23) << 23);
-  const __m512i up = _mm512_set1_epi32(static_cast<int>((1u << (shift - 1)) - 1 - ((127 - bias) << 23)));
-  const __m512i one = _mm512_set1_epi32(1);
-  const __m512 rebias = _mm512_castsi512_ps(_mm512_set1_epi32((127 + 127 - bias) << 23));
   __m512 error = _mm512_load_ps(work.error), value = _mm512_load_ps(work.value);
   for (std::size_t i = 0; i < n; i += kChunk) {
     __m512 factor, weight, error_weight;
@@ -50,38 +87,15 @@ inline void encode_codes(const float* x, ScaledWork& work, std::size_t n, unsign
     }
     const __m512 v = _mm512_loadu_ps(x + i);
     const __m512 y = kMultiply ? _mm512_mul_ps(v, factor) : _mm512_div_ps(v, factor);
-    const __m512i bits = _mm512_castps_si512(y);
-    const __m512i magnitude = _mm512_and_si512(bits, magnitude_bits);
-    __m512i codes;
     __m512 lost;
-    if constexpr (C == Codec::i4) {
-      const __m512 low = _mm512_maskz_max_ps(0xFFFF, y, _mm512_set1_ps(-8.0f));
-      const __m512 clamped = _mm512_maskz_min_ps(0xFFFF, low, _mm512_set1_ps(7.0f));
-      const __m512 shifted = _mm512_add_ps(clamped, _mm512_set1_ps(12582912.0f));
-      codes = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x4B400000 - 8));
-      lost = _mm512_sub_ps(_mm512_sub_ps(shifted, _mm512_set1_ps(12582912.0f)), y);
-    } else {
-      const __m512i m = _mm512_maskz_min_epu32(0xFFFF, magnitude, limit);
-      const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xFFFF, m, shift), one);
-      const __m512i normal = _mm512_maskz_srli_epi32(0xFFFF, _mm512_add_epi32(_mm512_add_epi32(m, up), odd), shift);
-      const __m512 aligned = _mm512_add_ps(_mm512_castsi512_ps(m), _mm512_castsi512_ps(align));
-      const __mmask16 small = _mm512_cmplt_epi32_mask(m, smallest);
-      codes = _mm512_mask_sub_epi32(normal, small, _mm512_castps_si512(aligned), align);
-      const __m512 near = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, codes, shift)), rebias);
-      lost = _mm512_sub_ps(near, _mm512_castsi512_ps(magnitude));
-    }
+    __m512i codes = codes_of<C>(y, lost);
     lost = _mm512_mul_ps(lost, error_weight);
     const __m512 kept = _mm512_mul_ps(y, weight);
-    error = _mm512_add_ps(error, _mm512_mul_ps(lost, lost));
-    value = _mm512_add_ps(value, _mm512_mul_ps(kept, kept));
+    error = _mm512_fmadd_ps(lost, lost, error);  // for the report: no bit of the output depends on them
+    value = _mm512_fmadd_ps(kept, kept, value);
     if constexpr (C == Codec::f8_e4m3) {
-      const __m512i sign = _mm512_maskz_srli_epi32(0xFFFF, bits, 24);
-      codes = _mm512_ternarylogic_epi32(codes, sign, _mm512_set1_epi32(0x80), 0xF8);  // a | (b & c)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_maskz_cvtepi32_epi8(0xFFFF, codes));
     } else {
-      if constexpr (C == Codec::f4)
-        codes = _mm512_mask_or_epi32(codes, _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ), codes,
-                                     _mm512_set1_epi32(8));
       codes = _mm512_or_si512(codes, _mm512_maskz_srli_epi64(0xFF, codes, 28));
       _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), _mm512_maskz_cvtepi64_epi8(0xFF, codes));
     }

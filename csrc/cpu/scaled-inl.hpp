@@ -101,6 +101,7 @@ inline bool find_scales_of_units(const ScaledMerge& job, ScaledWork& work, const
       bits = larger(bits, largest_of(work.largest + i));
       touched |= any_of(work.touched + i);
     }
+    if (i < end && strip.by_chunk) touched |= any_of(work.touched + i);  // padding is touched by nothing
     for (; i < end; ++i) {
       bits = larger(bits, work.largest[i]);
       touched |= work.touched[i];
@@ -117,8 +118,10 @@ inline bool find_scales_of_units(const ScaledMerge& job, ScaledWork& work, const
       } else if (!integers || strip.kept) {
         const bool fits = integers && fits_scale(strip, work, u, decode_scale(from.dtype, stored));
         choice = choose(job, keeping ? &stored : nullptr, touched != 0, amax, fits);
+        // Room on either side for what the loops multiply it by.
+        constexpr std::uint32_t room = static_cast<std::uint32_t>(kE4m3Down) << 23;
         const std::uint32_t factor = bits_as<std::uint32_t>(choice.scale.factor) & 0x7FFFFFFFu;
-        if (factor != 0 && factor < 0x7F800000u) {
+        if (factor > (room == 0 ? 0 : 0x00800000u + room) && factor < 0x7F800000u - room) {
           work.way[u] = choice.copied ? kCopied : kByLoops;
           if (!job.given) store_scale(recipe.scale_dtype, job.out_scales, to + unit, choice.scale.stored);
           loops = true;
@@ -156,6 +159,16 @@ inline void write_codes(const ScaledMerge& job, ScaledWork& work, const Strip& s
                         ScaledResult& result) {
   const Region& region = strip.region;
   const Codec codec = job.recipe.codec;
+  // x · factor or x / factor, and back.
+  const float down = bits_as<float>(static_cast<std::uint32_t>(127 - (codec == Codec::f8_e4m3 ? kE4m3Down : 0)) << 23);
+  const float up = 1.0f / down;
+  const float turn = multiplies(job.recipe) ? down : up;
+  const std::size_t places = strip.by_chunk ? kTileChunks : kTileCols;
+  for (std::size_t k = 0; k < places; ++k) {
+    work.factor[k] = work.factor[k] * turn;
+    work.weight[k] = work.weight[k] * up;
+    work.error_weight[k] = work.error_weight[k] * up;
+  }
   double error = 0.0, value = 0.0;
   std::memset(work.error, 0, sizeof(work.error));
   std::memset(work.value, 0, sizeof(work.value));
@@ -227,6 +240,11 @@ void quantised_region(const ScaledMerge& job, ScaledWork& work, ScaledResult& re
   const bool nibbles = any_of_bits(job, 4) || bits_of(job.recipe.codec) == 4;
   const bool literal = any_of_bits(job, 64) || (starts_in_bytes && nibbles);
   work.by_chunk = all_chunked(job) && (width % kChunk == 0 || width >= job.cols);
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+  work.direct = is_direct(job, work.by_chunk && (unit_cols % kChunk == 0 || unit_cols >= job.cols));
+  work.new_base.direct = work.direct;
+  for (std::size_t t = 0; t < 2 * job.n_terms; ++t) work.terms[t].direct = work.direct;
+#endif
   for (std::size_t row = 0; row < job.rows; row += unit_rows) {
     for (std::size_t col = 0; col < job.cols; col += width) {
       Strip strip;

@@ -121,6 +121,8 @@ inline void apply_zero_points(Plane& plane, std::size_t r, std::size_t c, std::s
 
 inline double scale_at(const Plane& plane, std::ptrdiff_t i) {
   const Scales& s = plane.matrix->scales;
+  if (plane.direct)
+    return 0x1p1016 * value_scale(s.second, s.second_value, decode_scale(s.dtype, load_scale(s.dtype, s.data, i)));
   if (plane.bytes) return plane.table[static_cast<const Code8*>(s.data)[i]];
   return value_scale(s.second, s.second_value, decode_scale(s.dtype, load_scale(s.dtype, s.data, i)));
 }
@@ -237,37 +239,72 @@ inline void merge_row(ScaledWork& work, const double* post_scales, const double*
                 _mm512_set1_pd(alpha), work, i, x);
 }
 
-// 16 codes of f8_e4m3 as f16 whose exponent's bias is 8 more: 2^-8 of their values, but for NaN, which is noted.
-inline __m512 load_e4m3(const unsigned char* in, __m128i& nan) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
-  const __m128i seven = _mm_set1_epi8(0x7F);
-  nan = _mm_or_si128(nan, _mm_cmpeq_epi8(_mm_and_si128(codes, seven), seven));
-  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7),
-                                          _mm256_set1_epi16(static_cast<short>(0xBF80)));
-  return _mm512_maskz_cvtph_ps(0xFFFF, halves);
+// Eight codes of f8_e4m3 with their bits where binary64 has its own: 2^-1016 of their values, subnormals and −0
+// included. NaN comes out as a number.
+inline __m512d load_e4m3(const unsigned char* in) {
+  const __m512i codes = _mm512_maskz_cvtepi8_epi64(0xFF, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in)));
+  const __m512i sign_and_magnitude = _mm512_set1_epi64(static_cast<long long>(0x80FE000000000000ull));
+  return _mm512_castsi512_pd(_mm512_and_si512(_mm512_maskz_slli_epi64(0xFF, codes, 49), sign_and_magnitude));
 }
 
-// merge_row() of three operands of f8_e4m3, straight from their codes. Where one is NaN, the whole row is sent to the
-// literal path. A scale of which 256 times is infinite sends its chunk there too.
-inline void merge_row_e4m3(const unsigned char* next, const unsigned char* post, const unsigned char* base,
-                           const double* post_scales, const double* base_scales, double alpha, ScaledWork& work,
-                           float* x, std::size_t n) {
-  __m128i nan = _mm_setzero_si128();
-  for (std::size_t i = 0; i < n; i += kChunk)
-    merge_chunk(load_e4m3(next + i, nan), load_e4m3(post + i, nan), load_e4m3(base + i, nan),
-                work.new_base.scales[i / kChunk] * 256.0, post_scales[i / kChunk] * 256.0,
-                base_scales[i / kChunk] * 256.0, _mm512_set1_pd(alpha), work, i, x);
-  if (_mm_testz_si128(nan, nan)) return;
-  for (std::size_t i = 0; i < n; ++i) work.largest[i] = 0x7FC00000u;
+// Of eight columns: z = base − post, never −0, and acc = new_base − z, which is new_base + (post − base). Fusing
+// changes no bit: a product of a code (4 bits) and a scale (28 at most) is exact.
+inline __m256 merge_e4m3(const unsigned char* next, const unsigned char* post, const unsigned char* base, __m512d ns,
+                         __m512d ps, __m512d bs, __m512i& touched) {
+  const __m512d b = _mm512_mul_pd(load_e4m3(base), bs);
+  const __m512d z = _mm512_add_pd(_mm512_fnmadd_pd(load_e4m3(post), ps, b), _mm512_setzero_pd());
+  touched = _mm512_or_si512(touched, _mm512_castpd_si512(z));
+  return _mm512_maskz_cvtpd_ps(0xFF, _mm512_fmsub_pd(load_e4m3(next), ns, z));
 }
 
-inline const unsigned char* e4m3_row(const Plane& plane, std::size_t r, std::size_t c, std::size_t n) {
+inline bool any_nan_e4m3(const unsigned char* in) {
+  const __m512i seven = _mm512_set1_epi8(0x7F);
+  return _mm512_cmpeq_epi8_mask(_mm512_and_si512(_mm512_loadu_si512(in), seven), seven) != 0;
+}
+
+// row_values() where work.direct: straight from the codes, by scales that are 2^1016 times as large. Where one is NaN,
+// the whole row is sent to the literal path; a scale for which that factor is too much sends its chunk there, too.
+// Columns of a chunk are touched together, for its units end with it.
+inline void merge_row_e4m3(ScaledWork& work, const unsigned char* const* codes, float* x, std::size_t n) {
+  const double* ns = work.new_base.scales;
+  const double* ps = work.terms[0].scales;
+  const double* bs = work.terms[1].scales;
+  bool nan = false;
+  for (std::size_t i = 0; i < n; i += kStep)
+    nan = nan || any_nan_e4m3(codes[0] + i) || any_nan_e4m3(codes[1] + i) || any_nan_e4m3(codes[2] + i);
+  for (std::size_t i = 0; i < n; i += kChunk) {
+    const __m512d n8 = _mm512_set1_pd(ns[i / kChunk]), p8 = _mm512_set1_pd(ps[i / kChunk]),
+                  b8 = _mm512_set1_pd(bs[i / kChunk]);
+    __m512i touched = _mm512_load_si512(work.touched + i);
+    const __m256 low = merge_e4m3(codes[0] + i, codes[1] + i, codes[2] + i, n8, p8, b8, touched);
+    const __m256 high = merge_e4m3(codes[0] + i + 8, codes[1] + i + 8, codes[2] + i + 8, n8, p8, b8, touched);
+    const __m512 v = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    _mm512_storeu_ps(x + i, v);
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+    _mm512_store_si512(work.largest + i, _mm512_maskz_max_epu32(0xFFFF, _mm512_load_si512(work.largest + i), bits));
+    _mm512_store_si512(work.touched + i, touched);
+  }
+  if (nan)
+    for (std::size_t i = 0; i < n; ++i) work.largest[i] = 0x7FC00000u;
+}
+
+// The codes of `n` columns from column c of row r on, followed by zeros up to a multiple of kStep.
+inline const unsigned char* e4m3_row(const Plane& plane, std::size_t r, std::size_t c, std::size_t n,
+                                     unsigned char* buffer) {
   const Matrix& matrix = *plane.matrix;
-  if (matrix.codec != Codec::f8_e4m3 || matrix.data == nullptr) return nullptr;
   const unsigned char* row =
       static_cast<const unsigned char*>(matrix.data) + static_cast<std::ptrdiff_t>(r) * matrix.pitch + c;
   for (std::size_t at = 0; at < n; at += 64) __builtin_prefetch(row + kRowsAhead * matrix.pitch + at, 0, 2);
-  return row;
+  return static_cast<const unsigned char*>(whole_steps(row, 1, n, buffer));
+}
+
+// Whether a merge is the one that merge_row_e4m3() does.
+inline bool is_direct(const ScaledMerge& job, bool by_chunk) {
+  if (!by_chunk || job.n_terms != 1 || job.terms[0].alpha != 1.0 || job.recipe.values_bf16) return false;
+  const Matrix* operands[3] = {&job.new_base, &job.terms[0].post, &job.terms[0].base};
+  for (const Matrix* m : operands)
+    if (m->data == nullptr || m->codec != Codec::f8_e4m3 || m->scales.data == nullptr) return false;
+  return true;
 }
 #endif
 
@@ -277,18 +314,21 @@ inline void row_values(const ScaledMerge& job, ScaledWork& work, std::size_t r, 
                        float* x) {
   const std::size_t steps = rounded_up(n);
 #if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+  if (work.direct) {
+    const unsigned char* codes[3] = {
+        e4m3_row(work.new_base, r, c, n, work.padded),
+        e4m3_row(work.terms[0], r, c, n, work.padded + kTileCols),
+        e4m3_row(work.terms[1], r, c, n, work.padded + 2 * kTileCols),
+    };
+    find_scales(work.new_base, r, c, n, true);
+    find_scales(work.terms[0], r, c, n, true);
+    find_scales(work.terms[1], r, c, n, true);
+    return merge_row_e4m3(work, codes, x, steps);
+  }
   if (x != nullptr && job.n_terms == 1 && work.by_chunk && !job.recipe.values_bf16) {
     Plane& post = work.terms[0];
     Plane& base = work.terms[1];
     const double alpha = job.terms[0].alpha;
-    const unsigned char* codes[3] = {e4m3_row(work.new_base, r, c, n), e4m3_row(post, r, c, n),
-                                     e4m3_row(base, r, c, n)};
-    if (n == steps && codes[0] != nullptr && codes[1] != nullptr && codes[2] != nullptr) {
-      find_scales(work.new_base, r, c, n, true);
-      find_scales(post, r, c, n, true);
-      find_scales(base, r, c, n, true);
-      return merge_row_e4m3(codes[0], codes[1], codes[2], post.scales, base.scales, alpha, work, x, n);
-    }
     read_row(work.new_base, r, c, n, work, work.next);
     read_row(post, r, c, n, work, work.post);
     read_row(base, r, c, n, work, work.base);

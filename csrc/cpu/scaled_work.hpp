@@ -21,6 +21,7 @@ inline constexpr std::size_t kNowhere = ~std::size_t{0};
 struct Plane {
   const Matrix* matrix = nullptr;
   bool bytes = false;                                            // scales are of one byte, looked up in `table`
+  bool direct = false;                                           // `scales` holds 2^1016 times what they are
   std::size_t grid_row = kNowhere, first = kNowhere, count = 0;  // of what `scales` holds
   alignas(64) double scales[kTileCols];
   alignas(64) float zeros[kTileCols];  // 8 − zero point
@@ -57,6 +58,7 @@ struct ScaledWork {
   Plane* terms = nullptr;  // post and base of each term, in turn
   float* kept = nullptr;   // kKept values, and some to spare
   bool by_chunk = false;   // whether each chunk of columns has one scale in every operand
+  bool direct = false;     // whether merge_row_e4m3() does all
   bool measure = false;
 };
 
