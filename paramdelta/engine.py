@@ -95,16 +95,17 @@ class RunResult:
     measured: tuple[tuple[float, bool], ...] = ()
 
 
-_NOTHING = RunResult(seconds=0.0, bytes_read=0, bytes_written=0, threads=0, slot_bytes=0, isa="", counts=())
+NOTHING = RunResult(seconds=0.0, bytes_read=0, bytes_written=0, threads=0, slot_bytes=0, isa="", counts=())
 
 
 def create_outputs(work: Work, folder: Path) -> list[Path]:
-    """Create each output file in ``folder`` with its header, at its full size (sparse). Existing files are errors."""
+    """Create each output file in ``folder`` with its header, at its full size (sparse). What an earlier run wrote to it
+    is kept."""
     paths = []
     for (name, size), header in zip(work.outputs, work.headers, strict=True):
         path = folder / name
         try:
-            with open(path, "xb") as file:
+            with open(path, "r+b" if path.exists() else "xb") as file:
                 file.write(header)
                 file.truncate(size)
         except OSError as error:
@@ -128,12 +129,7 @@ def run(
     the load they carry and is raised again. Raises StorageError where a read or write fails.
     """
     work, before = settle(work, tensors=tensors, options=options, on_progress=on_progress)
-    result = _carry_out(work, outputs, tensors, options, before, on_progress)
-    return replace(
-        result,
-        seconds=result.seconds + before.seconds,
-        bytes_read=result.bytes_read + before.bytes_read,
-    )
+    return carry_out(work, outputs, tensors=tensors, options=options, before=before, on_progress=on_progress)
 
 
 def settle(
@@ -146,35 +142,43 @@ def settle(
     """Find the scales of whole tensors, where ``work`` has any, by a pass that reads and writes nothing. Return the
     work that is left and what the pass did. Raises as :func:`run`."""
     if not work.unsettled:
-        return work, _NOTHING
+        return work, NOTHING
     measures = work.measuring()
-    result = _carry_out(measures, [], tensors, options, _NOTHING, on_progress)
+    result = carry_out(measures, [], tensors=tensors, options=options, on_progress=on_progress)
     return work.settled(result.measured), result
 
 
-def _carry_out(
+def carry_out(
     work: Work,
     outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]],
+    *,
     tensors: int,
-    options: EngineOptions | None,
-    before: RunResult,
-    on_progress: Callable[[int, int], None] | None,
+    options: EngineOptions | None = None,
+    before: RunResult | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
+    """Carry out settled work, as :func:`run`. The result adds to ``before``, that of what was done already."""
+    before = before or NOTHING
     run_ = start(work, outputs, tensors=tensors, options=options)
 
     def report(read: int, written: int) -> None:
         if on_progress is not None:
-            on_progress(before.bytes_read + read, written)
+            on_progress(before.bytes_read + read, before.bytes_written + written)
 
     try:
         while not run_.wait_for(WAKE_SECONDS):
             report(*run_.progress())
         result = run_.finish()
         report(result.bytes_read, result.bytes_written)
-        return result
     except BaseException:
         run_.abandon()
         raise
+    return replace(
+        result,
+        seconds=result.seconds + before.seconds,
+        bytes_read=result.bytes_read + before.bytes_read,
+        bytes_written=result.bytes_written + before.bytes_written,
+    )
 
 
 class RunningWork:

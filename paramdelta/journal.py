@@ -1,9 +1,9 @@
 """The journal of a large merge: which segments are safely on disk, so that the same command continues after whatever
 cut it short.
 
-A file of lines, each a JSON document, synced before a segment counts as finished. The first line says what the merge is:
-the request, the plan, and fingerprints of the inputs. A journal of another merge, or of inputs that have changed since,
-is never continued.
+A file of lines, each a JSON document, synced before a segment counts as finished. The first line says what the merge
+is: the request, the plan, and fingerprints of the inputs. A journal of another merge, or of inputs that have changed
+since, is never continued.
 """
 
 from __future__ import annotations

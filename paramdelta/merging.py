@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paramdelta import engine
+from paramdelta import engine, resuming
 from paramdelta.errors import Complaint, InputError, NonFiniteError, PrecisionError, StorageError, shown
 from paramdelta.publish import Staging, write_files
 from paramdelta.report import MergeReport, NonFinite, Quantised
@@ -33,6 +33,7 @@ def merge(
     threads: int | None = None,
     memory: int | None = None,
     isa: str | None = None,
+    restart: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     **policies: Any,
 ) -> MergeReport:
@@ -46,6 +47,8 @@ def merge(
     post, base, new_base : folders of safetensors checkpoints (one file, or shards with an index)
     out : the folder to write; must not exist unless ``overwrite``
     threads, memory, isa : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
+    restart : discard what an earlier run, cut short, has left of a merge to ``out``; by default the same merge is
+        continued, and another refused
     on_progress : called with (bytes read, bytes written) about ten times a second
     **policies : the fields of :class:`paramdelta.plan.MergeRequest`: ``alpha``, ``include``, ``exclude``,
         ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``dtype``, ``format``,
@@ -76,7 +79,7 @@ def merge(
 
     request = make_request(post=post, base=base, new_base=new_base, out=out, **policies)
     options = engine.EngineOptions(threads=threads, memory=memory, isa=isa)
-    return run_merge(prepare(request), options=options, on_progress=on_progress)
+    return run_merge(prepare(request), options=options, restart=restart, on_progress=on_progress)
 
 
 def prepare(request: MergeRequest) -> Plan:
@@ -102,18 +105,19 @@ def run_merge(
     plan: Plan,
     *,
     options: engine.EngineOptions | None = None,
+    restart: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Carry out a plan and publish its folder. Raises what :func:`merge` raises while running."""
+    """Carry out a plan and publish its folder, continuing what an earlier run left unless ``restart``. Raises what
+    :func:`merge` raises while running, and InputError where the unfinished merge was another."""
     started = time.perf_counter()
     request = plan.request
     if request.out is None:
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
-    _check_space(plan, request.out.parent)
     with Staging(request.out) as staging:
+        _check_space(plan, staging)
+        result, resumed = resuming.carry_out(plan, staging, options=options, restart=restart, on_progress=on_progress)
         write_files(staging.folder, plan.written_files())
-        outputs = engine.create_outputs(plan.work, staging.folder)
-        result = engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress)
         nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
         lossy = _too_lossy(quantised, request.max_quant_error)
         publishable = (not nonfinite or request.allow_nonfinite) and not lossy
@@ -135,6 +139,7 @@ def run_merge(
         warnings=plan.warnings,
         nonfinite=nonfinite,
         quantised=quantised,
+        resumed_bytes=resumed,
     )
     if nonfinite and not request.allow_nonfinite:
         raise NonFiniteError(_nonfinite_text(nonfinite), report)
@@ -143,11 +148,13 @@ def run_merge(
     return report
 
 
-def _check_space(plan: Plan, folder: Path) -> None:
-    needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES
-    free = shutil.disk_usage(folder).free
+def _check_space(plan: Plan, staging: Staging) -> None:
+    """Raise StorageError where the output does not fit, counting what an earlier run has written of it."""
+    there = sum(file.stat().st_blocks * 512 for file in staging.folder.iterdir())
+    needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES - there
+    free = shutil.disk_usage(staging.folder).free
     if free < needed:
-        raise StorageError(f"{folder}: the output needs {needed:,} bytes, but only {free:,} are free")
+        raise StorageError(f"{staging.target.parent}: the output needs {needed:,} bytes, but only {free:,} are free")
 
 
 def losses(plan: Plan, result: engine.RunResult) -> tuple[Quantised, ...]:

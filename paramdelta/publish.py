@@ -18,6 +18,9 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _LOCK = "lock"
 
+# Folders that this process left for a later run to continue.
+kept: list[Path] = []
+
 
 class Staging:
     """A folder beside ``target`` in which the output is built: it either becomes the target (:meth:`publish`) or goes
@@ -37,7 +40,9 @@ class Staging:
     def __enter__(self) -> Staging:
         try:
             self._lock = _locked(self.control)
-            self.folder.mkdir(exist_ok=True)
+            if not self.folder.is_dir():  # then what else is there speaks of another one
+                self.folder.mkdir()
+                self._clear_notes()
         except BlockingIOError as error:
             raise StorageError(
                 error.errno, f"{self.target}: another merge is writing it (its folder {self.control} is locked)"
@@ -49,7 +54,9 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._stays:
+        if self._stays:
+            kept.append(self.control)
+        else:
             shutil.rmtree(self.control, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -60,12 +67,19 @@ class Staging:
 
     def clear(self) -> None:
         """Remove what an earlier run left, except the lock."""
+        self.forget_output()
         with _storage_errors(self.control, "cannot be cleared"):
-            for entry in self.control.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != _LOCK:
-                    entry.unlink()
+            self._clear_notes()
+
+    def _clear_notes(self) -> None:
+        for entry in self.control.iterdir():
+            if entry not in (self.folder, self.control / _LOCK):
+                entry.unlink()
+
+    def forget_output(self) -> None:
+        """Remove the output of an earlier run, and nothing else."""
+        with _storage_errors(self.folder, "cannot be cleared"):
+            shutil.rmtree(self.folder)
             self.folder.mkdir()
 
     def publish(self, *, overwrite: bool) -> None:
@@ -76,6 +90,9 @@ class Staging:
                 if path.is_file():
                     _sync(path)
             _sync(self.folder)
+            # From here on, what lies in the folder may be what was there before: no journal may speak of it.
+            self._clear_notes()
+            _sync(self.control)
         with _storage_errors(self.target, "cannot be published"):
             if overwrite and self.target.is_dir():
                 self._replace()

@@ -39,7 +39,8 @@ class MergeReport:
 
     ``out`` is the folder (None for a merge that was not published). Bytes count tensor data as read and written by
     the engine. ``seconds`` is the whole call, ``engine_seconds`` the part that moved data. ``policies`` is the plan's
-    summary of what happened to which tensors; ``warnings`` are lines a person should read.
+    summary of what happened to which tensors; ``warnings`` are lines a person should read. ``resumed_bytes`` of the
+    output were there already, from a run that was cut short.
     """
 
     out: Path | None
@@ -57,6 +58,7 @@ class MergeReport:
     warnings: tuple[str, ...]
     nonfinite: tuple[NonFinite, ...]
     quantised: tuple[Quantised, ...] = ()
+    resumed_bytes: int = 0
 
     @property
     def gigabytes_per_second(self) -> float:

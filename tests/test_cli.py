@@ -176,7 +176,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, sent: signal.Signal
         command = [sys.executable, "-m", "paramdelta", "merge", *INPUTS, "--out", "out", "--threads", "1"]
         command += ["--isa", "scalar", "--alpha", "0.3"]
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not list(tmp_path.glob(".out.partial-*/*.safetensors")):
+        while process.poll() is None and not list(tmp_path.glob(".out.partial/output/*.safetensors")):
             time.sleep(0.002)
         process.send_signal(sent)
         _, stderr = process.communicate(timeout=30)

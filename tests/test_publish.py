@@ -28,7 +28,7 @@ def test_publish_renames_once(tmp_path: Path) -> None:
 def test_what_is_not_published_leaves_no_trace(tmp_path: Path) -> None:
     with Staging(tmp_path / "out") as staging:
         write_files(staging.folder, [("a", b"1")])
-        assert names(tmp_path) == [staging.folder.name]
+        assert names(tmp_path) == [staging.control.name]
     assert names(tmp_path) == []
 
 
@@ -71,10 +71,30 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_is_never_written_twice(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot be written"):
-        write_files(tmp_path, [("a", b"1"), ("a", b"2")])
-    assert (tmp_path / "a").read_bytes() == b"1"
+def test_what_an_earlier_run_wrote_is_written_over(tmp_path: Path) -> None:
+    write_files(tmp_path, [("a", b"longer"), ("a", b"2")])
+    assert (tmp_path / "a").read_bytes() == b"2"
+
+
+def test_two_merges_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out") as first:
+        with pytest.raises(StorageError, match="another merge is writing it"), Staging(tmp_path / "out"):
+            pass
+        assert first.folder.is_dir()
+    with Staging(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_what_stays_is_found_again(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out") as staging:
+        write_files(staging.folder, [("a", b"1")])
+        staging.keep()
+    with Staging(tmp_path / "out") as staging:
+        assert names(staging.folder) == ["a"]
+        staging.clear()
+        assert names(staging.folder) == []
+    assert names(tmp_path) == []
 
 
 def test_large_files_are_copied_from_their_path(tmp_path: Path) -> None:
@@ -82,3 +102,22 @@ def test_large_files_are_copied_from_their_path(tmp_path: Path) -> None:
     source.write_bytes(b"x" * 10_000)
     write_files(tmp_path, [("copy", source)])
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_no_journal_outlives_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exchange puts the old folder where the new one was: a journal that stayed would call it finished."""
+    target = tmp_path / "out"
+    target.mkdir()
+    exchanged = publish._exchange
+
+    def killed(a: Path, b: Path) -> bool:
+        exchanged(a, b)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "_exchange", killed)
+    staging = Staging(target)
+    with pytest.raises(KeyboardInterrupt), staging:
+        (staging.control / "journal").write_bytes(b"{}")
+        staging.keep()
+        staging.publish(overwrite=True)
+    assert names(staging.control) == ["lock", "output"]

@@ -60,6 +60,8 @@ def report_error(error: ParamDeltaError, *, as_json: bool) -> None:
         print(json.dumps(error_document(error), indent=2))
     else:
         render.print_error(error)
+        if _kept():
+            print(f"    → {_what_is_left()}", file=sys.stderr)
 
 
 def error_document(error: ParamDeltaError) -> dict[str, Any]:
@@ -79,7 +81,20 @@ def error_document(error: ParamDeltaError) -> dict[str, Any]:
 
 
 def _end_interrupted() -> NoReturn:
-    print("interrupted: nothing was published, the temporary folder is removed", file=sys.stderr, flush=True)
+    print(f"interrupted: nothing was published, {_what_is_left()}", file=sys.stderr, flush=True)
     # Not sys.exit: an interrupt that fell into an exec() during an import makes the interpreter end by SIGINT, handled
     # or not. Workers are joined and files are gone by now.
     os._exit(EXIT_INTERRUPTED)
+
+
+def _kept() -> list[str]:
+    """Folders with the unfinished work of a merge; nothing is imported to find that there are none."""
+    publish = sys.modules.get("paramdelta.publish")
+    return [str(folder) for folder in publish.kept] if publish is not None else []
+
+
+def _what_is_left() -> str:
+    folders = _kept()
+    if not folders:
+        return "the temporary folder is removed"
+    return f"what is finished stays in {', '.join(folders)}: the same command continues there"

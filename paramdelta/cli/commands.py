@@ -54,9 +54,18 @@ def cli() -> None:
 @click.option("--allow-nonfinite", is_flag=True, help="Publish even with NaN, Inf or overflow in the result.")
 @click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
+@click.option("--restart", is_flag=True, help="Begin anew instead of continuing a merge that was cut short.")
 @options.output
-def merge(as_json: bool, quiet: bool, threads: int | None, memory: str | None, isa: str | None, **request: Any) -> None:
-    """Merge three checkpoints into a fourth."""
+def merge(
+    as_json: bool,
+    quiet: bool,
+    threads: int | None,
+    memory: str | None,
+    isa: str | None,
+    restart: bool,
+    **request: Any,
+) -> None:
+    """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated."""
     from paramdelta import merging
     from paramdelta.cli import present, render
 
@@ -66,7 +75,7 @@ def merge(as_json: bool, quiet: bool, threads: int | None, memory: str | None, i
         render.print_warnings(plan.warnings)
     total = plan.bytes_read + plan.bytes_written
     with render.progress(total, quiet=quiet or as_json) as on_progress:
-        report = merging.run_merge(plan, options=run_options, on_progress=on_progress)
+        report = merging.run_merge(plan, options=run_options, restart=restart, on_progress=on_progress)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

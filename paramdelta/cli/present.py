@@ -67,6 +67,8 @@ def merge_report(report: MergeReport) -> None:
             f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
         ),
     ]
+    if report.resumed_bytes:
+        rows.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
     if report.nonfinite:
         rows.append(("not finite", f"{count(len(report.nonfinite), 'tensor')} (allowed)"))
     if report.policies.get("formats"):

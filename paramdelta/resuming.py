@@ -1,0 +1,144 @@
+"""Carries a merge out in segments, so that it can be continued: a segment that is on disk is noted in the journal while
+the next one is being computed."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paramdelta import engine
+from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, TensorLoss
+from paramdelta.errors import StorageError
+from paramdelta.journal import Journal, identity
+from paramdelta.segments import SEGMENT_BYTES, Segment, cut
+
+if TYPE_CHECKING:
+    from paramdelta.plan import Plan
+    from paramdelta.publish import Staging
+
+_SEGMENT_VARIABLE = "PARAMDELTA_SEGMENT_BYTES"  # smaller segments, for tests of what is otherwise large
+
+
+def segment_bytes() -> int:
+    """Return the bytes of output after which a merge can be continued: 1 GiB."""
+    return int(os.environ.get(_SEGMENT_VARIABLE) or SEGMENT_BYTES)
+
+
+def carry_out(
+    plan: Plan,
+    staging: Staging,
+    *,
+    options: EngineOptions | None,
+    restart: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[RunResult, int]:
+    """Write the output files of a plan into the staging folder; return what was done, and how many bytes of output an
+    earlier run had done already.
+
+    A merge of one segment keeps no journal. Raises InputError where the folder holds an unfinished merge that is not
+    this one (unless ``restart``), else as :func:`paramdelta.engine.run`.
+    """
+    limit = segment_bytes()
+    if plan.bytes_written <= limit and not (staging.control / Journal.NAME).exists():
+        staging.clear()
+        outputs = engine.create_outputs(plan.work, staging.folder)
+        return engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress), 0
+    with closing(Journal(staging.control, identity(plan), restart=restart)) as journal:
+        done = journal.finished
+        if not done.segments and done.measured is None:
+            staging.forget_output()
+        outputs = engine.create_outputs(plan.work, staging.folder)
+        before = NOTHING
+        work = plan.work
+        if work.unsettled and done.measured is not None:
+            work = work.settled(done.measured)
+        elif work.unsettled:
+            work, before = engine.settle(work, tensors=len(plan.names), options=options, on_progress=on_progress)
+            journal.add_measured(before.measured)
+        segments = cut(work, limit)
+        resumed = sum(segments[number].nbytes for number in done.segments)
+        if resumed:
+            staging.keep()
+        noting = _Noting(journal, outputs, staging)
+        return noting.run(segments, before, len(plan.names), options, on_progress), resumed
+
+
+class _Noting:
+    """Runs segments, and syncs and notes each while the next one runs."""
+
+    def __init__(self, journal: Journal, outputs: Sequence[Path], staging: Staging) -> None:
+        self.journal, self.outputs, self.staging = journal, outputs, staging
+
+    def run(
+        self,
+        segments: list[Segment],
+        before: RunResult,
+        tensors: int,
+        options: EngineOptions | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> RunResult:
+        done = self.journal.finished
+        results = [replace(NOTHING, counts=tuple(done.counts), losses=tuple(done.losses))]
+        total, noted = before, None
+        with ThreadPoolExecutor(max_workers=1) as background:
+            for number, segment in enumerate(segments):
+                if number in done.segments:
+                    continue
+                total = engine.carry_out(
+                    segment.work, self.outputs, tensors=tensors, options=options, before=total, on_progress=on_progress
+                )
+                results.append(total)
+                _wait(noted)
+                noted = background.submit(self.note, number, segment, total)
+            _wait(noted)
+        return replace(
+            total,
+            counts=tuple(_counts(results)),
+            losses=tuple(_losses(results)),
+        )
+
+    def note(self, number: int, segment: Segment, result: RunResult) -> None:
+        """Sync the files of a segment, then say in the journal that it is finished."""
+        for file in segment.files:
+            path = self.outputs[file]
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                raise StorageError(error.errno, f"{path}: cannot be synced: {error.strerror}") from error
+        self.journal.add_segment(number, result)
+        self.staging.keep()
+
+
+def _wait(noted: Future[None] | None) -> None:
+    if noted is not None:
+        noted.result()
+
+
+def _counts(results: list[RunResult]) -> list[TensorCounts]:
+    """Return the counts of all segments, one for each tensor."""
+    totals: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for result in results:
+        for row in result.counts:
+            totals[row.tensor] = [
+                a + b for a, b in zip(totals[row.tensor], (row.nan, row.inf, row.overflow), strict=True)
+            ]
+    return [TensorCounts(tensor, *totals[tensor]) for tensor in sorted(totals)]
+
+
+def _losses(results: list[RunResult]) -> list[TensorLoss]:
+    totals: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for result in results:
+        for row in result.losses:
+            totals[row.tensor][0] += row.error_squared
+            totals[row.tensor][1] += row.value_squared
+    return [TensorLoss(tensor, *totals[tensor]) for tensor in sorted(totals)]
