@@ -16,6 +16,7 @@ from paramdelta.formats import CODEC_BITS, CODECS
 from paramdelta.plan.work import Rows, Work
 
 SEGMENT_BYTES = 1 << 30
+_PIECES = 8  # a segment ends within an eighth of its limit
 _ITEMS = np.array([max(d.bits // 8, 1) for d in DTYPES], np.int64)
 
 
@@ -30,8 +31,9 @@ class Segment:
 
 def cut(work: Work, limit: int = SEGMENT_BYTES) -> list[Segment]:
     """Cut settled work into segments of about ``limit`` bytes of output; everything is in exactly one."""
-    spans, terms = _cut_spans(work.spans, work.terms, limit)
-    regions, scale_tensors = _cut_regions(work, limit)
+    piece = max(limit // _PIECES, 1)
+    spans, terms = _cut_spans(work.spans, work.terms, piece)
+    regions, scale_tensors = _cut_regions(work, piece)
     sizes = np.concatenate([spans["count"] * _ITEMS[spans["out_dtype"]], _region_bytes(work, regions)])
     files = np.concatenate([spans["out_file"], regions["out_file"]])
     offsets = np.concatenate([spans["out_offset"], regions["out_offset"] + regions["first_row"] * regions["out_pitch"]])

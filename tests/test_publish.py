@@ -116,8 +116,13 @@ def test_no_journal_outlives_its_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(publish, "_exchange", killed)
     staging = Staging(target)
-    with pytest.raises(KeyboardInterrupt), staging:
-        (staging.control / "journal").write_bytes(b"{}")
-        staging.keep()
-        staging.publish(overwrite=True)
+
+    def publish_with_journal() -> None:
+        with staging:
+            (staging.control / "journal").write_bytes(b"{}")
+            staging.keep()
+            staging.publish(overwrite=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        publish_with_journal()
     assert names(staging.control) == ["lock", "output"]
