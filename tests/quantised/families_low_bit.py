@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+import families_fp8
 from families_fp8 import HIDDEN, VOCAB, WIDE, Weights, compressed, config_of, linear, llama, llama_weights
 from quantised_merges import Case, Layout
 from stored_forms import BF16, GPT_OSS, INT4, INT4_F32, INT4_ZEROS, MXFP4_PACKED, NVFP4_MODELOPT, NVFP4_PACKED, Form
@@ -11,9 +10,7 @@ from stored_forms import BF16, GPT_OSS, INT4, INT4_F32, INT4_ZEROS, MXFP4_PACKED
 NVFP4_CONFIG = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16)
 MXFP4_CONFIG = compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32)
 INT4_CONFIG = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
-ZEROS_CONFIG = compressed(
-    "pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, **{"symmetric": False}
-)
+ZEROS_CONFIG = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False)
 
 
 def nvfp4_modelopt() -> Layout:
@@ -94,6 +91,8 @@ CASES = {
     "compressed-int4-f32": Case.of(packed(INT4_F32, INT4_CONFIG)),
     "compressed-int4-asymmetric-post": Case(post=ASYMMETRIC, base=ASYMMETRIC, new_base=INT4_LAYOUT),
     "compressed-int4-asymmetric": Case.of(ASYMMETRIC),
-    "gpt-oss": Case.of(replace(gpt_oss())),
+    "gpt-oss": Case.of(gpt_oss()),
     "kimi-k2.5": Case.of(kimi_k2()),
 }
+
+ALL = families_fp8.CASES | CASES

@@ -1,5 +1,5 @@
-"""Three folders of a quantised family, their merge, and what it must be: every operand decoded to binary64, merged there,
-and quantised by the family's reference quantiser."""
+"""Three folders of a quantised family, their merge, and what it must be: every operand decoded to binary64, merged
+there, and quantised by the family's reference quantiser."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A merge of three layouts, which have the same weights under the same names; ``options`` are those of the merge."""
+    """A merge of three layouts with the same weights under the same names; ``options`` are those of the merge."""
 
     post: Layout
     base: Layout
@@ -52,6 +52,11 @@ class Case:
     def of(cls, layout: Layout, **options: Any) -> Case:
         """Return the merge of three folders of one layout."""
         return cls(post=layout, base=layout, new_base=layout, options=options)
+
+    @property
+    def converts(self) -> bool:
+        """Whether the output is not stored as new_base is: zero points are read, not written."""
+        return any(form.zero_suffix for _, form in self.new_base.weights.values())
 
     def layout(self, role: str) -> Layout:
         """Return the layout of a role."""
@@ -254,8 +259,9 @@ def expected(case: Case, folders: Folders, policy: str) -> dict[str, Tensor]:
     for name, (shape, form) in case.new_base.weights.items():
         matrices = [made[name, e] for e in range(len(stored["new_base"][name].matrices))]
         out |= replace(form, zero_suffix="").tensors(name, Weight(matrices), shape)
-    post, new = read(folders.post), read(folders.new_base)
-    return out | {n: post[n] for n in case.new_base.statistics} | {n: new[n] for n in case.new_base.integers}
+    new_base = read(folders.new_base)
+    donor = new_base if case.options.get("activation_scales") == "new-base" else read(folders.post)
+    return out | {n: donor[n] for n in case.new_base.statistics} | {n: new_base[n] for n in case.new_base.integers}
 
 
 def _merged(members: list[tuple[Scaled, Scaled, Scaled]], form: Form, alpha: float, *, keep: bool) -> list[Scaled]:
@@ -308,3 +314,14 @@ def decoded(case: Case, tensors: Mapping[str, Tensor]) -> dict[str, Values]:
         weight = replace(form, zero_suffix="").read(name, dict(tensors), shape)
         out[name] = np.stack([scaled.decode(m) for m in weight.matrices])
     return out
+
+
+def quantised_names(layout: Layout, part: str) -> list[str]:
+    """Return the names that a part (codes, scale, second) has in an output of this layout, of every weight with it."""
+    every = (form.names(name).get(part) for name, (_, form) in layout.weights.items())
+    return [name for name in every if name is not None]
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Return every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
