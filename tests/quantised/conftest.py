@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 _TESTS = Path(__file__).resolve().parent.parent
-sys.path[1:1] = [str(_TESTS), str(_TESTS / "checkpoint")]
+sys.path[1:1] = [str(_TESTS / folder) for folder in ("", "checkpoint", "oracles")]
 
 if TYPE_CHECKING:
     from quantised_merges import Case, Folders
