@@ -3,6 +3,7 @@ there, and quantised by the family's reference quantiser."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -231,6 +232,15 @@ def operands(case: Case, folders: Folders) -> dict[str, dict[str, Weight]]:
     return out
 
 
+class Operands(NamedTuple):
+    """What one matrix is made of."""
+
+    new_base: Scaled
+    post: Scaled
+    base: Scaled
+    alpha: float
+
+
 def merged_values(new_base: Scaled, post: Scaled, base: Scaled, alpha: float) -> tuple[Values, np.ndarray[Any, Any]]:
     """Return new_base + alpha · (post − base) in binary64 and where a delta is not zero."""
     start = scaled.decode(new_base)
@@ -241,19 +251,20 @@ def merged_values(new_base: Scaled, post: Scaled, base: Scaled, alpha: float) ->
 
 def expected(case: Case, folders: Folders, policy: str) -> dict[str, Tensor]:
     """Return the tensors of the merge, computed without the package's plan and kernels."""
-    alpha = float(case.options.get("alpha", 1.0))
+    alpha, excluded = float(case.options.get("alpha", 1.0)), case.options.get("exclude", "")
     stored = operands(case, folders)
-    jobs: dict[Any, list[tuple[str, int, tuple[Scaled, Scaled, Scaled]]]] = {}
+    jobs: dict[Any, list[tuple[str, int, Operands]]] = {}
     for name, weight in stored["new_base"].items():
         form = case.new_base.weights[name][1]
         for e, new in enumerate(weight.matrices):
             unit = (fused(name), e) if form.kind else (name, e)
-            three = (new, stored["post"][name].matrices[e], stored["base"][name].matrices[e])
-            jobs.setdefault(unit, []).append((name, e, three))
+            scale = 0.0 if fnmatch.fnmatchcase(name, excluded) else alpha
+            given = Operands(new, stored["post"][name].matrices[e], stored["base"][name].matrices[e], scale)
+            jobs.setdefault(unit, []).append((name, e, given))
     made: dict[tuple[str, int], Scaled] = {}
     for members in jobs.values():
         form = replace(case.new_base.weights[members[0][0]][1], zero_suffix="")
-        results = _merged([three for _, _, three in members], form, alpha, keep=policy == "keep")
+        results = _merged([given for _, _, given in members], form, keep=policy == "keep")
         made |= {(name, e): result for (name, e, _), result in zip(members, results, strict=True)}
     out: dict[str, Tensor] = {}
     for name, (shape, form) in case.new_base.weights.items():
@@ -264,23 +275,23 @@ def expected(case: Case, folders: Folders, policy: str) -> dict[str, Tensor]:
     return out | {n: donor[n] for n in case.new_base.statistics} | {n: new_base[n] for n in case.new_base.integers}
 
 
-def _merged(members: list[tuple[Scaled, Scaled, Scaled]], form: Form, alpha: float, *, keep: bool) -> list[Scaled]:
+def _merged(members: list[Operands], form: Form, *, keep: bool) -> list[Scaled]:
     """Return the merges of matrices that share a scale, or of one matrix."""
     if not form.recipe:
         (three,) = members
-        acc, touched = merged_values(*three, alpha)
+        acc, touched = merged_values(*three)
         codes = reference.encode(acc, BY_NAME[form.codec])[0]
-        if three[0].scales is None and three[0].codec == form.codec:
-            codes = np.where(touched, codes, three[0].codes)
+        if three.new_base.scales is None and three.new_base.codec == form.codec:
+            codes = np.where(touched, codes, three.new_base.codes)
         return [Scaled(codes, form.codec)]
     recipe, grid = form.made_by, (form.rows, form.cols)
     if keep:
         output = Output(form.codec, recipe, *grid, form.scale)
-        terms = [(new, [ScaledTerm(post, base, alpha)]) for new, post, base in members]
+        terms = [(new, [ScaledTerm(post, base, alpha)]) for new, post, base, alpha in members]
         if form.whole:
             return [form.matrix(done) for done in scaled.merge_shared(terms, output, keep=True)]
         return [form.matrix(scaled.merge_scaled(new, term, output, keep=True)) for new, term in terms]
-    sums = [merged_values(*three, alpha)[0] for three in members]
+    sums = [merged_values(*three)[0] for three in members]
     second = None
     if form.kind:
         largest = max(float(np.abs(scaled.round_values(acc, recipe)).max()) for acc in sums)
