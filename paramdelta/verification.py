@@ -5,6 +5,7 @@ tensor) are shared with the merge, and those come from the request that the fold
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,7 +165,19 @@ def _plain_tensors(
     for tensor in range(len(plan.names)):
         making = plan.layout.outputs.making[int(plan.layout.order[tensor])]
         if making in (Making.SPANS, Making.COPY):
-            yield _check_tensor(plan, made, tensor, readers, everything)
+            checked, problem = _check_tensor(plan, made, tensor, readers, everything)
+            yield _parameters_among(plan, tensor, checked), problem
+
+
+def _parameters_among(plan: Plan, tensor: int, checked: int) -> int:
+    """Return how many parameters of the model ``checked`` elements of a tensor are: of copied planes the codes count,
+    which may be packed; scales and calibration are no parameters."""
+    outputs, number = plan.layout.outputs, int(plan.layout.order[tensor])
+    if outputs.making[number] == Making.SPANS:
+        return checked
+    if outputs.parts[number] != "codes":
+        return 0
+    return checked * math.prod(plan.pairing.shapes[outputs.logical[number]]) // max(plan.elements_of(tensor), 1)
 
 
 def _check_tensor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,13 @@ from paramdelta.plan.pairing import NONE, Kind, Pairing
 
 _BITS = np.array([d.bits for d in DTYPES], np.int64)
 _I64 = BY_NAME["i64"]
+
+# Layers that consumers fuse: their parts must have one second-level scale.
+_FUSED = (
+    (re.compile(r"(.*\.)(?:q|k|v)_proj(\..*)?"), r"\1qkv\2"),
+    (re.compile(r"(.*\.)(?:gate|up)_proj(\..*)?"), r"\1gate_up\2"),
+    (re.compile(r"(.*\.)w[13](\..*)?"), r"\1w13\2"),
+)
 
 
 class Making(enum.IntEnum):
@@ -90,6 +98,7 @@ def make_outputs(
     """Return the output tensors of a pairing; ``statistics`` are (role, row) of calibration tensors to copy."""
     outputs = Outputs()
     new_base = names["new_base"]
+    remade = {fused(n) for i, n in enumerate(pairing.names) if not _copied(pairing, i)}
     for i, name in enumerate(pairing.names):
         format_ = stored.formats[i]
         kind = pairing.kinds[i]
@@ -102,7 +111,8 @@ def make_outputs(
         elif format_ is None:
             outputs.add(name, stored.dtypes[i], pairing.shapes[i], Making.REGIONS, logical=i, home=home)
         elif weight is not None and weight.format == format_:
-            copied = kind in (Kind.FROM_NEW_BASE, Kind.FROM_POST) or pairing.alphas[i] == 0.0
+            # A scale that several weights share may change where one of them does.
+            copied = _copied(pairing, i) and not (format_.second and fused(name) in remade)
             _as_stored(outputs, i, weight, names[donor], donor, copied, home)
         else:
             _planes(outputs, i, name, pairing.shapes[i], format_, home)
@@ -116,9 +126,14 @@ def make_outputs(
     return outputs
 
 
+def _copied(pairing: Pairing, i: int) -> bool:
+    """Whether nothing is added to a tensor."""
+    return pairing.kinds[i] in (Kind.FROM_NEW_BASE, Kind.FROM_POST) or pairing.alphas[i] == 0.0
+
+
 def _decodes(pairing: Pairing, i: int, names: dict[str, Names]) -> bool:
     """Whether some operand of a merged tensor is quantised."""
-    if pairing.kinds[i] in (Kind.FROM_NEW_BASE, Kind.FROM_POST) or pairing.alphas[i] == 0.0:
+    if _copied(pairing, i):
         return False
     rows = {"post": pairing.post[i], "base": pairing.base[i]}
     return i in pairing.bridges or any(row in names[role].weights for role, row in rows.items())
@@ -223,3 +238,11 @@ def scale_shape(format_: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
     if format_.scale_shape == "row":
         return (*shape[:-2], rows)
     return (*shape[:-2], rows, cols)
+
+
+def fused(name: str) -> str:
+    """Return one name for the weights that consumers fuse into one."""
+    for pattern, replacement in _FUSED:
+        if pattern.fullmatch(name):
+            return pattern.sub(replacement, name)
+    return name

@@ -3,7 +3,6 @@ and scales go, and the units whose scales must be measured first."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,17 +13,10 @@ from paramdelta.errors import Complaint, shown
 from paramdelta.formats import Format
 from paramdelta.plan.bridges import Piece, Slice
 from paramdelta.plan.naming import Names
-from paramdelta.plan.outputs import Making, Outputs, matrix_shape
+from paramdelta.plan.outputs import Making, Outputs, fused, matrix_shape
 from paramdelta.plan.pairing import NONE, Kind, Pairing
 from paramdelta.plan.views import ABSENT, Views, scale_strides
 from paramdelta.plan.work import RECIPE, REGION, REGION_TERM, VIEW, Rows, SharedScale, recipe_row
-
-# Layers that consumers fuse: their parts must have one second-level scale.
-_FUSED = (
-    (re.compile(r"(.*\.)(?:q|k|v)_proj(\..*)?"), r"\1qkv\2"),
-    (re.compile(r"(.*\.)(?:gate|up)_proj(\..*)?"), r"\1gate_up\2"),
-    (re.compile(r"(.*\.)w[13](\..*)?"), r"\1w13\2"),
-)
 
 
 @dataclass(frozen=True)
@@ -240,19 +232,26 @@ class RegionMaker:
         return self.pairing.kinds[i] in (Kind.MERGED, Kind.EXTENDED) and self.pairing.alphas[i] != 0.0
 
     def keepable(self, i: int, format_: Format) -> bool:
-        """Whether new_base stores the weight just so, and its scales may be kept."""
-        weight = self.names["new_base"].weights.get(self.pairing.new_base[i])
+        """Whether what the weight is made from, new_base or post, is stored just so, and its scales may be kept."""
+        role, row = self.donor(i)
+        weight = self.names[role].weights.get(row)
         return (
             self.keep
             and weight is not None
-            and self.pairing.kinds[i] == Kind.MERGED
+            and self.pairing.kinds[i] != Kind.EXTENDED
             and _same_layout(weight.format, format_)
         )
+
+    def donor(self, i: int) -> tuple[str, int]:
+        """Return the role and row of what a weight is made from: new_base's, or post's where it is taken from there."""
+        if self.pairing.kinds[i] == Kind.FROM_POST:
+            return "post", self.pairing.post[i]
+        return "new_base", self.pairing.new_base[i]
 
     def unit(self, i: int, e: int, planes: dict[str, int], format_: Format) -> int:
         """Return the unit of matrix ``e``; make it, with the outputs that wait for it, where it is met first."""
         name = self.pairing.names[i]
-        key = (_fused(name), e) if format_.second else (i, e)
+        key = (fused(name), e) if format_.second else (i, e)
         item = format_.scale_dtype.itemsize if not format_.second else 4
         part = "second" if format_.second else "scale"
         place, stored = self.places[planes[part]], self.made.literal(bytes(item))
@@ -285,9 +284,10 @@ class RegionMaker:
         return number
 
     def keep_planes(self, i: int, e: int, planes: dict[str, int], format_: Format, unit: int) -> None:
-        """Add the copies that an untouched unit gets: new_base's own planes."""
-        weight = self.names["new_base"].weights[self.pairing.new_base[i]]
-        table = self.names["new_base"].checkpoint.tensors
+        """Add the copies that an untouched unit gets: the donor's own planes."""
+        role, donated = self.donor(i)
+        weight = self.names[role].weights[donated]
+        table = self.names[role].checkpoint.tensors
         stack = matrix_shape(self.pairing.shapes[i])[0]
         for part, row in (("codes", weight.codes), ("scale", weight.scale), ("second", weight.second)):
             if part not in planes or row == NONE:
@@ -295,7 +295,7 @@ class RegionMaker:
             count = int(table.nbytes[row]) // stack
             place = self.places[planes[part]]
             here = Place(place.tensor, place.file, place.offset + e * count)
-            file, offset = self.views.location("new_base", row)
+            file, offset = self.views.location(role, row)
             self.made.copies.append(Copy(here, file, offset + e * count, count, unit, True))
 
 
@@ -304,10 +304,3 @@ def _same_layout(stored: Format, wanted: Format) -> bool:
         return (format_.codec, format_.rows, format_.cols, format_.scale, format_.second, format_.zero_points)
 
     return layout(stored) == layout(wanted)
-
-
-def _fused(name: str) -> str:
-    for pattern, replacement in _FUSED:
-        if pattern.fullmatch(name):
-            return pattern.sub(replacement, name)
-    return name
