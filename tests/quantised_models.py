@@ -3,14 +3,25 @@ again from the folders that a merge writes."""
 
 from __future__ import annotations
 
+import copy
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+
+from paramdelta import reference_scaled as scaled
+from paramdelta.checkpoint import Checkpoint, QuantisedWeight, open_checkpoint, recognise
+from paramdelta.reference_scaled import Scaled
 
 torch = pytest.importorskip("torch", reason="the models of this test are made by torch")
 transformers = pytest.importorskip("transformers", reason="the models of this test are made by transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+load_file, save_file = safetensors_torch.load_file, safetensors_torch.save_file
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -30,7 +41,7 @@ def qwen3_moe() -> Any:
 
 
 def gpt_oss() -> Any:
-    sizes = SIZES | {"intermediate_size": 64}
+    sizes = SIZES | {"intermediate_size": 96}
     return transformers.GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
 
 
@@ -53,3 +64,108 @@ def make_models(name: str, folder: Path) -> dict[str, Path]:
                 p.copy_(original[n] + torch.randn_like(p) * spread)
         model.save_pretrained(folder / role)
     return {role: folder / role for role in ("post", "base", "new_base")}
+
+
+def load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a folder, its weights in bf16, and what transformers says about the loading."""
+    from transformers.quantizers import quantizer_finegrained_fp8 as fp8
+
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    if config:
+        options["quantization_config"] = DEQUANTISING[config["quant_method"]]()
+    with mock.patch.object(fp8, "is_accelerate_available", return_value=True), warnings.catch_warnings():
+        # The loader asks for accelerate, and on a CPU uses nothing of it; it warns that the folder has a config too.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, dtype=torch.bfloat16, **options
+        )
+    return model.eval(), info
+
+
+DEQUANTISING: dict[str, Callable[[], Any]] = {
+    "fp8": lambda: transformers.FineGrainedFP8Config(dequantize=True),
+    "mxfp8": lambda: transformers.FineGrainedFP8Config(dequantize=True),
+    "compressed-tensors": lambda: transformers.CompressedTensorsConfig(dequantize=True),
+    "mxfp4": lambda: transformers.Mxfp4Config(dequantize=True),
+}
+
+
+def assert_complete(info: dict[str, Any]) -> None:
+    """Every parameter was found in the files, and every tensor of the files is a parameter."""
+    wrong = {what: names for what, names in info.items() if names}
+    assert not wrong, wrong
+
+
+def logits(model: Any) -> Any:
+    """Return the logits of a fixed text, computed in binary32 so that weights alone make the difference."""
+    model = copy.deepcopy(model).float()
+    with torch.no_grad():
+        return model(torch.arange(1, 33)[None] * 3 % SIZES["vocab_size"]).logits
+
+
+def distance(a: Any, b: Any) -> float:
+    """Return ‖a − b‖ / ‖b‖."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def values_of(checkpoint: Checkpoint, weight: QuantisedWeight) -> np.ndarray[Any, Any]:
+    """Return what the reference decodes a stored weight to, [matrices, rows, columns]."""
+    spelled = weight.format
+    *stack, rows, cols = weight.shape
+
+    def raw(row: int) -> np.ndarray[Any, Any]:
+        spec = checkpoint.tensors.spec(checkpoint.tensors.names[row])
+        with open(checkpoint.files[spec.file].path, "rb") as file:
+            file.seek(spec.offset)
+            return np.frombuffer(file.read(spec.nbytes), np.uint8)
+
+    many = int(np.prod(stack, dtype=int))
+    grid = scaled.grid_shape((rows, cols), spelled.rows, spelled.cols)
+    item = spelled.scale.itemsize
+    codes = raw(weight.codes).reshape(many, rows, -1)
+    scales = raw(weight.scale).view(f"<u{item}").reshape(many, *grid)
+    seconds = raw(weight.second).view("<f4") if weight.second >= 0 else [None]
+    return np.stack(
+        [
+            scaled.decode(
+                Scaled(
+                    scaled.unpack(codes[e], spelled.codec, cols),
+                    spelled.codec,
+                    scales[e],
+                    spelled.scale.name,
+                    spelled.rows,
+                    spelled.cols,
+                    None if weight.second < 0 else float(seconds[e % len(seconds)]),
+                    spelled.second,
+                )
+            )
+            for e in range(many)
+        ]
+    )
+
+
+def decoded(folder: Path, out: Path) -> Path:
+    """Write a folder without quantisation: each weight as the reference decodes it, as bf16 of its binary32 value.
+
+    gpt-oss stores its plain stacks the other way round than its blocks.
+    """
+    checkpoint = open_checkpoint(folder)
+    found, wrong = recognise(checkpoint)
+    assert not wrong
+    assert found.weights
+    parts = {checkpoint.tensors.names[row] for row in found.parts}
+    plain = {n: t for n, t in tensors_of(folder).items() if n not in parts}
+    for name, weight in found.weights.items():
+        value = torch.from_numpy(values_of(checkpoint, weight)).float().bfloat16()
+        value = value.transpose(1, 2) if weight.format.spelling.stacked_codes == "_blocks" else value
+        plain[name] = (value if len(weight.shape) == 3 else value[0]).contiguous()
+    out.mkdir()
+    save_file(plain, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out
