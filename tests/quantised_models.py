@@ -8,14 +8,18 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 
+from paramdelta import reference
 from paramdelta import reference_scaled as scaled
 from paramdelta.checkpoint import Checkpoint, QuantisedWeight, open_checkpoint, recognise
+from paramdelta.dtypes import BF16
+from paramdelta.formats import DEEPGEMM, MXFP4_OPENAI
 from paramdelta.reference_scaled import Scaled
 
 torch = pytest.importorskip("torch", reason="the models of this test are made by torch")
@@ -169,3 +173,50 @@ def decoded(folder: Path, out: Path) -> Path:
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
     return out
+
+
+def bf16_of(values: np.ndarray[Any, Any]) -> Any:
+    """Return values as a tensor, rounded once to bf16."""
+    return torch.from_numpy(reference.encode(values, BF16)[0].view(np.int16)).view(torch.bfloat16)
+
+
+def quantise_gpt_oss(folder: Path) -> None:
+    """Turn a gpt-oss folder's stacks of experts into blocks and scales, by the reference."""
+    tensors: dict[str, Any] = {}
+    for name, tensor in tensors_of(folder).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor
+            continue
+        stack = tensor.transpose(1, 2).double().numpy()  # [E, out, in]
+        made = [scaled.quantise(matrix, MXFP4_OPENAI, 1, 32, "f8_e8m0") for matrix in stack]
+        blocks = np.stack([scaled.pack(m.codes, "f4") for m in made])
+        tensors[f"{name}_blocks"] = torch.from_numpy(blocks.reshape(*stack.shape[:2], -1, 16))
+        tensors[f"{name}_scales"] = torch.from_numpy(np.stack([m.scales for m in made]))
+    _replace(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]})
+
+
+def quantise_fp8(folder: Path, *, theirs: bool) -> None:
+    """Turn a folder's linear layers into fp8 in blocks, by transformers' quantiser or by the reference."""
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    quantiser = Fp8Quantize(SimpleNamespace(quantization_config=transformers.FineGrainedFP8Config()))
+    tensors: dict[str, Any] = {}
+    for name, tensor in tensors_of(folder).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+        elif theirs:
+            tensors |= quantiser.convert({name: tensor})
+        else:
+            made = scaled.quantise(tensor.double().numpy(), DEEPGEMM, 128, 128, "f32")
+            tensors[name] = torch.from_numpy(made.codes).view(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.from_numpy(made.scales.view(np.float32))
+    _replace(folder, tensors, config | {"modules_to_not_convert": ["lm_head", "mlp.gate"]})
+
+
+def _replace(folder: Path, tensors: dict[str, Any], quantisation: dict[str, Any]) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
