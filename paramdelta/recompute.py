@@ -194,10 +194,14 @@ class Recomputed:
     def operands(self, member: Member, window: Window) -> tuple[reference.Scaled, list[reference.ScaledTerm]]:
         """Return new_base (or what else acc starts from) and the term, where there is one."""
         first, *pair = self.sources(member)
-        start = self.operand(*first, member, window)
+        pieces = self.plan.pairing.bridges.get(member.i)
+        if pieces and pieces[0].new_base is not None:
+            start = self.assembled(first[0], member, window)
+        else:
+            start = self.operand(*first, member, window)
         if not pair:
             return start, []
-        if member.i in self.plan.pairing.bridges:
+        if pieces:
             post, base = (self.assembled(role, member, window) for role in ("post", "base"))
         else:
             post, base = (self.operand(role, row, member, window) for role, row in pair)
@@ -209,7 +213,7 @@ class Recomputed:
         for piece in self.plan.pairing.bridges[member.i]:
             if piece.out.matrix != member.e:
                 continue
-            values = self.part(role, piece.post if role == "post" else piece.base)
+            values = self.part(role, getattr(piece, role))
             out = piece.out
             place = slice(out.first, out.first + out.rows * out.step, out.step)
             if out.transposed:

@@ -37,6 +37,9 @@ std::size_t bytes_read(std::int64_t lines, std::int64_t length, std::int64_t str
   return static_cast<std::size_t>(lines * (in_one(length, stride) ? std::max(stride, length) : length));
 }
 
+// Whether nibbles lie in pairs along the columns of the file's matrix, which are the view's rows.
+bool turned_nibbles(const View& view) { return bits_of(static_cast<Codec>(view.codec)) == 4 && view.col_stride != 1; }
+
 std::size_t memory_for(const Strided& from) {
   if (from.rows == 0 || from.cols == 0) return 0;
   const auto item = static_cast<std::int64_t>(from.item);
@@ -48,6 +51,14 @@ std::size_t memory_for(const Strided& from) {
 Strided codes_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
   const int bits = bits_of(static_cast<Codec>(view.codec));
   const bool nibbles = bits == 4;
+  if (turned_nibbles(view))  // a row is a pair
+    return {view.file,
+            view.offset + row / 2 * view.row_stride + col * view.col_stride,
+            (row % 2 + rows + 1) / 2,
+            view.row_stride,
+            cols,
+            view.col_stride,
+            1};
   const std::int64_t first = nibbles ? col / 2 : col;
   return {view.file,
           view.offset + row * view.row_stride + first * view.col_stride,
@@ -95,7 +106,13 @@ Strided zeros_of(const View& view, std::int64_t row, std::int64_t rows, std::int
 
 std::size_t memory_for(const View& view, std::int64_t rows, std::int64_t cols) {
   std::size_t bytes = 0;
-  if (view.file != kZeros) bytes += memory_for(codes_of(view, 0, rows, 0, cols));
+  if (view.file != kZeros && turned_nibbles(view)) {
+    const Strided codes = codes_of(view, 1, rows, 0, cols);
+    bytes += bytes_read(cols, codes.rows, codes.col_stride) + static_cast<std::size_t>(rows * ((cols + 1) / 2)) +
+             2 * kStagger;
+  } else if (view.file != kZeros) {
+    bytes += memory_for(codes_of(view, 0, rows, 0, cols));
+  }
   // Wherever a piece starts within a block, it touches at most one more.
   if (view.scale_file != kAbsent) {
     Strided scales = scales_of(view, 0, rows, 0, cols);
@@ -126,6 +143,22 @@ void turn(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_
         for (std::int64_t r = r0; r < std::min(rows, r0 + kTile); ++r)
           std::memcpy(to + static_cast<std::size_t>(r * cols + c) * item,
                       from + c * stride + r * static_cast<std::int64_t>(item), item);
+}
+
+// Nibble r of line c becomes nibble c of row r; `odd`: the first is the high half of its byte.
+void turn_nibbles(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows, std::int64_t cols,
+                  std::int64_t odd) {
+  constexpr std::int64_t kTile = 64;
+  const std::int64_t pitch = (cols + 1) / 2;
+  const auto nibble = [&](std::int64_t r, std::int64_t c) {
+    const auto byte = std::to_integer<unsigned>(from[c * stride + (r + odd) / 2]);
+    return (r + odd) % 2 ? byte >> 4 : byte & 15u;
+  };
+  for (std::int64_t r0 = 0; r0 < rows; r0 += kTile)
+    for (std::int64_t c0 = 0; c0 < cols; c0 += kTile)
+      for (std::int64_t r = r0; r < std::min(rows, r0 + kTile); ++r)
+        for (std::int64_t c = c0; c < std::min(cols, c0 + kTile); c += 2)
+          to[r * pitch + c / 2] = std::byte(nibble(r, c) | (c + 1 < cols ? nibble(r, c + 1) << 4 : 0u));
 }
 
 }  // namespace
@@ -165,13 +198,9 @@ std::byte* Rectangle::take(std::size_t bytes) {
   return to;
 }
 
-Rectangle::Plane Rectangle::load(const std::vector<Input>& inputs, const Strided& from) {
+Rectangle::Plane Rectangle::load_lines(const std::vector<Input>& inputs, const Strided& from, std::int64_t lines,
+                                       std::int64_t length, std::int64_t stride) {
   const Input& input = inputs[static_cast<std::size_t>(from.file)];
-  const bool turned = by_columns(from);
-  const auto item = static_cast<std::int64_t>(from.item);
-  const std::int64_t lines = turned ? from.cols : from.rows;
-  const std::int64_t length = (turned ? from.rows : from.cols) * item;
-  std::int64_t stride = turned ? from.col_stride : from.row_stride;
   const bool once = in_one(length, stride);
   const std::int64_t pitch = once ? stride : length;
   const auto total = static_cast<std::size_t>((lines - 1) * pitch + length);
@@ -182,10 +211,25 @@ Rectangle::Plane Rectangle::load(const std::vector<Input>& inputs, const Strided
     for (std::int64_t line = 0; line < lines; ++line)
       input.read_at(to + line * pitch, static_cast<std::size_t>(length), from.offset + line * stride);
   read_ += total;
-  if (!turned) return {to, static_cast<std::ptrdiff_t>(pitch)};
+  return {to, static_cast<std::ptrdiff_t>(pitch)};
+}
+
+Rectangle::Plane Rectangle::load(const std::vector<Input>& inputs, const Strided& from) {
+  const auto item = static_cast<std::int64_t>(from.item);
+  if (!by_columns(from)) return load_lines(inputs, from, from.rows, from.cols * item, from.row_stride);
+  const Plane stored = load_lines(inputs, from, from.cols, from.rows * item, from.col_stride);
   std::byte* rows = take(static_cast<std::size_t>(from.rows * from.cols) * from.item);
-  turn(to, pitch, rows, from.rows, from.cols, from.item);
+  turn(stored.data, stored.pitch, rows, from.rows, from.cols, from.item);
   return {rows, static_cast<std::ptrdiff_t>(from.cols * item)};
+}
+
+Rectangle::Plane Rectangle::load_turned_nibbles(const std::vector<Input>& inputs, const View& view) {
+  const Strided from = codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols);
+  const Plane stored = load_lines(inputs, from, from.cols, from.rows, from.col_stride);
+  const std::int64_t pitch = (piece_.cols + 1) / 2;
+  std::byte* rows = take(static_cast<std::size_t>(piece_.rows * pitch));
+  turn_nibbles(stored.data, stored.pitch, rows, piece_.rows, piece_.cols, piece_.row % 2);
+  return {rows, static_cast<std::ptrdiff_t>(pitch)};
 }
 
 float Rectangle::load_float(const std::vector<Input>& inputs, std::int32_t file, std::int64_t offset) {
@@ -221,7 +265,9 @@ Matrix Rectangle::load_view(const std::vector<Input>& inputs, std::int32_t numbe
   Matrix matrix;
   matrix.codec = static_cast<Codec>(view.codec);
   if (view.file == kZeros) return matrix;
-  const Plane codes = load(inputs, codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols));
+  const Plane codes = turned_nibbles(view)
+                          ? load_turned_nibbles(inputs, view)
+                          : load(inputs, codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols));
   matrix.data = codes.data;
   matrix.pitch = codes.pitch;
   if (view.scale_file != kAbsent) load_scales(inputs, view, matrix.scales);

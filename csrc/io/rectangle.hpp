@@ -43,6 +43,9 @@ class Rectangle {
   struct Plane;
   std::byte* take(std::size_t bytes);
   Plane load(const std::vector<Input>& inputs, const struct Strided& from);
+  Plane load_lines(const std::vector<Input>& inputs, const struct Strided& from, std::int64_t lines,
+                   std::int64_t length, std::int64_t stride);
+  Plane load_turned_nibbles(const std::vector<Input>& inputs, const View& view);
   Matrix load_view(const std::vector<Input>& inputs, std::int32_t number);
   void load_scales(const std::vector<Input>& inputs, const View& view, Scales& scales);
   float load_float(const std::vector<Input>& inputs, std::int32_t file, std::int64_t offset);

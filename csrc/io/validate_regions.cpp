@@ -117,10 +117,12 @@ class Checker {
     if (view.file == kZeros) return;
     require(view.codec < kCodecCount, "unknown codec");
     const int bits = bits_of(static_cast<Codec>(view.codec));
-    const std::int64_t cols = bits == 4 ? (region.cols + 1) / 2 : region.cols;
     const std::int64_t item = bits == 4 ? 1 : bits / 8;
-    require(view.col_stride == item || (view.row_stride == item && bits >= 8), "a view whose elements lie apart");
-    require(fits(view.offset, region.rows, view.row_stride, cols, view.col_stride, item, size_of_input(view.file)),
+    const bool turned = view.col_stride != item;
+    const std::int64_t rows = bits == 4 && turned ? (region.rows + 1) / 2 : region.rows;
+    const std::int64_t cols = bits == 4 && !turned ? (region.cols + 1) / 2 : region.cols;
+    require(!turned || view.row_stride == item, "a view whose elements lie apart");
+    require(fits(view.offset, rows, view.row_stride, cols, view.col_stride, item, size_of_input(view.file)),
             "operand reaches beyond the end of its file");
     if (view.scale_file != kAbsent) {
       require(is_scale(view.scale_dtype), "scales of another type");

@@ -34,6 +34,7 @@ from paramdelta.plan.quantising import (
 from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.sidefiles import CARD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
+from paramdelta.plan.turning import turn_stacks
 from paramdelta.plan.work import Work
 
 __all__ = ["Kind", "MergeRequest", "Plan", "SideFile", "Work", "make_plan", "make_request", "open_all"]
@@ -192,6 +193,7 @@ def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_bas
     names = {"post": p, "base": b, "new_base": n}
     pairing = pair(request, p, b, n, wrong)
     stored = choose(request, pairing, p, b, n, wrong)
+    turn_stacks(pairing, stored.formats, names)
     statistics = choose_statistics(request, stored, names, wrong)
     quant_config = choose_config(request, pairing, stored, names, statistics, wrong)
     if wrong:

@@ -52,11 +52,13 @@ class Slice(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of an output tensor, and where post and base hold it."""
+    """A part of an output tensor, and where post and base hold it; and new_base, where it does not lie there as in the
+    output."""
 
     out: Slice
     post: Slice
     base: Slice
+    new_base: Slice | None = None
 
 
 class Ambiguous(Exception):  # noqa: N818  (it never leaves the planner)

@@ -48,14 +48,13 @@ class Views:
         self.check_view(role, at, strides, item)
         return _view(offset + at.matrix * rows * cols * item + first, *strides, file, CODECS.index(dtype.name))
 
-    def check_view(self, role: str, at: Slice, strides: tuple[int, int], item: int, nibbles: bool = False) -> None:
-        if item not in strides or (nibbles and strides[1] != item):
+    def check_view(self, role: str, at: Slice, strides: tuple[int, int], item: int) -> None:
+        if item not in strides:
             self.wrong.append(
                 Complaint(
                     shown(self.names[role].own_name(at.row)),
-                    f"its elements in {role} cannot be read in new_base's order: it is "
-                    f"{'stored as packed nibbles' if nibbles else 'interleaved'}, and transposed",
-                    "dequantise it first" if nibbles else "--exclude GLOB copies it from new_base",
+                    f"its elements in {role} cannot be read in the output's order: it is interleaved, and transposed",
+                    "--exclude GLOB copies it from new_base",
                 )
             )
 
@@ -67,7 +66,7 @@ class Views:
         first, strides = _turned(at, out, pitch, 1)
         if format_.bits == 4 and at.transposed:
             first //= 2
-        self.check_view(role, at, strides, 1, nibbles=format_.bits == 4)
+        self.check_view(role, at, strides, 1)
         view: dict[str, Any] = {}
         if weight.scale != NONE:
             scale_file, scale_offset = self.location(role, weight.scale)
@@ -95,7 +94,7 @@ class Views:
             width = 4 * grid_shape(format_, weight.shape)[1]
             words = at.matrix * -(-rows // 8) + at.first // 8
             view |= {"zero_file": zero_file, "zero": (zero_offset + words * width, width)}
-            if at.transposed or at.step > 1 or at.first % 8:
+            if at.transposed or out.transposed or at.step > 1 or at.first % 8:
                 self.check_view(role, at, (0, 0), 1)
         return _view(offset + at.matrix * rows * pitch + first, *strides, file, CODECS.index(format_.codec), **view)
 

@@ -57,7 +57,7 @@ TERM = np.dtype(
 )
 VIEW = np.dtype(
     [
-        ("offset", "<i8"),  # of the codes; strides in bytes (of nibbles, a column is a pair)
+        ("offset", "<i8"),  # of the codes; strides in bytes (of nibbles, pairs: columns, or rows where turned)
         ("row_stride", "<i8"),
         ("col_stride", "<i8"),
         ("scale_offset", "<i8"),
