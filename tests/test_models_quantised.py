@@ -38,8 +38,8 @@ FAMILIES = ("llama", "qwen3", "qwen3-moe")
 FORMATS = ("fp8-block", "fp8-channel", "fp8-tensor", "mxfp8", "nvfp4", "mxfp4", "int4")
 COMPRESSED = ("fp8-channel", "fp8-tensor", "nvfp4", "mxfp4", "int4")
 NVFP4_EXPERTS = (
-    "transformers leaves out weight_global_scale where it decompresses NVFP4 experts (CompressedTensorsDequantize): all "
-    "else is equal, and compressed-tensors itself gives the experts' values"
+    "transformers leaves out weight_global_scale where it decompresses NVFP4 experts (CompressedTensorsDequantize): "
+    "all else is equal, and compressed-tensors itself gives the experts' values"
 )
 
 # q, k, v, o, gate, up and down of a layer.
@@ -71,9 +71,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def check(out: Path, plain: Path, lost: float, merged: Any, own: Any, *, but: Callable[[str], bool] = never) -> None:
     """Load ``out``; compare its weights with the reference's, to the bit, and its logits with those of the merge.
 
-    A matrix that lost a part ε of its norm adds about ε of its output as an error, and errors of different matrices have
-    nothing to do with each other: along n matrices they add up as sides of right angles do, to √n · ε. ``but`` names
-    parameters that the loader is known to get wrong: then they, and logits, are not compared.
+    A matrix that lost a part ε of its norm adds about ε of its output as an error, and errors of different matrices
+    have nothing to do with each other: along n matrices they add up as sides of right angles do, to √n · ε. ``but``
+    names parameters that the loader is known to get wrong; logits are then those of the reference's weights.
     """
     model, info = load(out)
     assert_complete(info)
@@ -146,7 +146,7 @@ def test_gpt_oss_blocks_take_a_delta_from_plain_stacks(tmp_path: Path) -> None:
     stacks = {role: load(folders[role])[0].state_dict() for role in ("post", "base", "new_base")}
     for name, value in merged.state_dict().items():
         p, b, n = (stacks[role][name].double() for role in ("post", "base", "new_base"))
-        assert same_bits(value, bf16_of((n + (p - b)).numpy())), name
+        assert same_bits(value, bf16_of(torch.where(p == b, n, n + (p - b)).numpy())), name
 
 
 @pytest.mark.parametrize("quantiser", ["transformers", "reference"])

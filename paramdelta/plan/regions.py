@@ -135,7 +135,11 @@ class RegionMaker:
         row, col = (0, out.first) if out.transposed else (out.first, 0)
         self.check_frame(i, format_, bits, row, rows, col, cols, out)
         from_post = self.pairing.kinds[i] == Kind.FROM_POST
-        new = self.views.add("post", piece.post, out) if from_post else self.views.add("new_base", piece.new_base or out, out)
+        new = (
+            self.views.add("post", piece.post, out)
+            if from_post
+            else self.views.add("new_base", piece.new_base or out, out)
+        )
         first, n_terms = len(self.made.terms), 0
         if self.merges(i):
             post, base = self.views.add("post", piece.post, out), self.views.add("base", piece.base, out)
