@@ -18,6 +18,8 @@ import paramdelta
 from paramdelta import dtypes, reference
 from paramdelta import reference_scaled as scaled
 from paramdelta.formats import MXFP4_OPENAI
+from paramdelta.plan import MergeRequest, make_plan, open_all
+from paramdelta.plan.order import samples_of
 from paramdelta.reference_scaled import Output, Scaled
 
 BF16 = ml_dtypes.bfloat16
@@ -89,3 +91,15 @@ def test_what_is_only_copied_lies_as_its_kind_does(tmp_path: Path) -> None:
             codes, _ = reference.encode(scaled.decode(matrix), dtypes.BF16)
             found = stored(tmp_path / "out")[PREFIX + part][e].view(np.uint16).T
             np.testing.assert_array_equal(found, codes)
+
+
+def test_samples_of_turned_blocks_are_their_values(tmp_path: Path) -> None:
+    kinds = ("blocks", "blocks", "plain")
+    operands = {r: make(tmp_path / r, seed, kind) for seed, (r, kind) in enumerate(zip(ROLES, kinds, strict=True))}
+    request = MergeRequest.build(**{role: tmp_path / role for role in ROLES})
+    samples = [s for s in samples_of(make_plan(request, *open_all(request)).work) if s[0].ndim == 2]
+    assert len(samples) > 2
+    for sample in samples:  # of which matrix is not known
+        for number, role in enumerate(ROLES):
+            values = [scaled.decode(m).T for part in operands[role].values() for m in part]
+            assert sum(v.shape == sample[number].shape and (v == sample[number]).all() for v in values) == 1

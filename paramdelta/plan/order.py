@@ -3,22 +3,19 @@ tensors that post changed. Both only ever warn."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import shown
+from paramdelta.plan.samples import Operands, of_region, of_span, read_bytes
+from paramdelta.plan.work import Work
 
 if TYPE_CHECKING:
     from paramdelta.plan import Plan
 
 SAMPLED_TENSORS = 8
-SAMPLED_ELEMENTS = 1 << 15
 _MOST_COMPARED_BYTES = 16 << 20
 
 
@@ -29,28 +26,14 @@ def data_warnings(plan: Plan) -> tuple[str, ...]:
 
 def order_warnings(plan: Plan) -> tuple[str, ...]:
     """Warn where post looks like a child of new_base, or where the delta is zero or as large as the weights."""
-    work = plan.work
-    candidates = np.flatnonzero(
-        (work.spans["n_terms"] == 1) & (work.spans["new_file"] >= 0) & (work.spans["count"] > 1)
-    )
-    if not len(candidates):
-        return ()
-    largest = candidates[np.argsort(-work.spans["count"][candidates], kind="stable")]
-    chosen = largest[np.linspace(0, len(largest) // 2, SAMPLED_TENSORS).astype(int)]
     post_base = post_new = base_square = 0.0
-    for at in np.unique(chosen):
-        span = work.spans[at]
-        term = work.terms[span["first_term"]]
-        if term["base_file"] < 0:
-            continue
-        count = min(int(span["count"]), SAMPLED_ELEMENTS)
-        p = _read(work.inputs, term["post_file"], term["post_offset"], term["post_dtype"], count)
-        b = _read(work.inputs, term["base_file"], term["base_offset"], term["base_dtype"], count)
-        n = _read(work.inputs, span["new_file"], span["new_offset"], span["new_dtype"], count)
+    for post, base, new_base in samples_of(plan.work):
         with np.errstate(all="ignore"):
-            post_base += float(np.nansum((p - b) ** 2))
-            post_new += float(np.nansum((p - n) ** 2))
-            base_square += float(np.nansum(b**2))
+            post_base += float(np.nansum((post - base) ** 2))
+            post_new += float(np.nansum((post - new_base) ** 2))
+            base_square += float(np.nansum(base**2))
+    if base_square == post_base == post_new == 0.0:  # nothing to look at
+        return ()
     warning = judge_order(post_base, post_new, base_square)
     return (warning,) if warning else ()
 
@@ -80,9 +63,9 @@ def integer_warnings(plan: Plan) -> tuple[str, ...]:
         p, b = (c.tensors.spec(c.tensors.names[row]) for c, row in ((plan.post, post), (plan.base, base)))
         if p.nbytes > _MOST_COMPARED_BYTES:
             continue
-        same = (p.dtype, p.shape) == (b.dtype, b.shape) and _bytes(
+        same = (p.dtype, p.shape) == (b.dtype, b.shape) and read_bytes(
             plan.post.files[p.file].path, p.offset, p.nbytes
-        ) == _bytes(plan.base.files[b.file].path, b.offset, b.nbytes)
+        ) == read_bytes(plan.base.files[b.file].path, b.offset, b.nbytes)
         if not same:
             changed.append(shown(name))
     if not changed:
@@ -91,25 +74,20 @@ def integer_warnings(plan: Plan) -> tuple[str, ...]:
     return (f"integer tensors that post changed are taken from new_base: {listed}",)
 
 
-def _read(inputs: Sequence[Path | bytearray], file: int, offset: int, code: int, count: int) -> NDArray[np.float64]:
-    dtype = DTYPES[code]
-    path = inputs[file]
-    assert isinstance(path, Path)  # literals are no operands of spans
-    return _decode(np.frombuffer(_bytes(path, int(offset), count * dtype.itemsize), np.uint8), dtype)
+def samples_of(work: Work) -> list[Operands]:
+    """Return samples of some of the larger spans, and of some of the larger regions."""
+    spans, regions = work.spans, work.regions
+    plain = np.flatnonzero((spans["n_terms"] == 1) & (spans["new_file"] >= 0) & (spans["count"] > 1))
+    samples = [of_span(work, spans[at]) for at in _some_of(plain, spans["count"][plain])]
+    scaled = np.flatnonzero(regions["n_terms"] == 1)
+    sizes = (regions["rows"] * regions["cols"])[scaled]
+    samples += [of_region(work, regions[at]) for at in _some_of(scaled, sizes)]
+    return [sample for sample in samples if sample is not None]
 
 
-def _decode(raw: NDArray[np.uint8], dtype: DType) -> NDArray[np.float64]:
-    if dtype.name == "bf16":  # the upper half of a binary32: no need for ml_dtypes here
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    values: NDArray[Any] = raw.view(dtype.to_numpy())
-    return values.astype(np.float64)
-
-
-def _bytes(path: Path, offset: int, count: int) -> bytes:
-    """Read bytes for a warning; a file that cannot be read here will be an error of the merge itself."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.pread(fd, count, offset)
-    finally:
-        os.close(fd)
-    return data + bytes(count - len(data))
+def _some_of(candidates: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return at most SAMPLED_TENSORS of the larger half."""
+    if not len(candidates):
+        return candidates
+    largest = candidates[np.argsort(-sizes, kind="stable")]
+    return np.unique(largest[np.linspace(0, len(largest) // 2, SAMPLED_TENSORS).astype(int)])
