@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,9 @@ def view_values(work: Work, view: Any, rows: int, cols: int) -> Values:
     col = _blocks(cols, view["col_phase"], view["grid_cols"])
     if codec == "i4":
         values = values - _zero_points(work, view, rows, col)
-    if view["scale_file"] < 0:
-        return values
-    scales = _scales(work, view, int(row[-1]) + 1, int(col[-1]) + 1)
-    product: Values = values * scales[row][:, col]
-    return product
+    if view["scale_file"] >= 0:
+        values = values * _scales(work, view, int(row[-1]) + 1, int(col[-1]) + 1)[row][:, col]
+    return values
 
 
 def _scales(work: Work, view: Any, rows: int, cols: int) -> Values:
@@ -116,9 +113,7 @@ def _lines(path: Path, offset: int, lines: int, stride: int, length: int) -> NDA
 
 def read_bytes(path: Path, offset: int, count: int) -> bytes:
     """Read bytes for a warning, zeros beyond the end of the file."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.pread(fd, count, offset)
-    finally:
-        os.close(fd)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        data = file.read(count)
     return data + bytes(count - len(data))
