@@ -50,7 +50,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "name": checkpoint.label,
         "architecture": ", ".join(map(str, architectures if isinstance(architectures, list) else [])) or None,
         "model_type": checkpoint.config.get("model_type"),
-        "parameters": sum(d["elements"] for d in dtypes.values()),
+        "parameters": _parameters(checkpoint),
         "tensors": len(table),
         "bytes": int(table.nbytes.sum()),
         "files": len(checkpoint.files),
@@ -62,3 +62,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "side_files": list(checkpoint.side_files),
         "notes": list(checkpoint.notes),
     }
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of elements of all weights, not counting scales, packing and calibration."""
+    import math
+
+    found, _ = recognise(checkpoint)
+    others = found.parts | set(found.statistics)
+    shapes = [weight.shape for weight in found.weights.values()]
+    shapes += [shape for row, shape in enumerate(checkpoint.tensors.shapes) if row not in others]
+    return sum(map(math.prod, shapes))

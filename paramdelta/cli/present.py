@@ -72,19 +72,25 @@ def merge_report(report: MergeReport) -> None:
     if report.nonfinite:
         rows.append(("not finite", f"{count(len(report.nonfinite), 'tensor')} (allowed)"))
     if report.policies.get("formats"):
-        rows.append(("formats", ", ".join(f"{n:,} {name}" for name, n in report.policies["formats"].items())))
+        rows.append(("formats", _formats(report.policies)))
     print_table("merged", rows)
     if report.quantised:
         _quantised_table(report)
+
+
+def _formats(policies: dict[str, Any]) -> str:
+    """Return how many weights are stored in which format: ``252 weights in fp8-block``."""
+    return ", ".join(f"{count(n, 'weight')} in {name}" for name, n in policies["formats"].items())
 
 
 def _quantised_table(report: MergeReport) -> None:
     """Print what quantising lost: each format, then its worst tensors."""
     rows = []
     for q in report.quantised:
-        rows.append((q.format, f"all {count(q.tensors, 'tensor')}", f"{q.relative_error:.3%}"))
+        rows.append((q.format, f"all {count(q.tensors, 'weight')}", f"{q.relative_error:.3%}"))
         rows += [("", name, f"{error:.3%}") for name, error in q.worst[:_WORST_SHOWN]]
-    print_columns("lost by quantising: ‖q − merged‖ / ‖merged‖", ("format", "tensor", "error"), rows)
+    title = "lost by quantising: ‖stored − exact‖ / ‖exact‖"
+    print_columns(title, ("format", "weight", "error"), rows)
 
 
 def tensor_summary(policies: dict[str, Any]) -> str:
@@ -102,7 +108,7 @@ def plan(plan: Plan) -> None:
         ("writes", f"{human_bytes(plan.bytes_written)} in {count(len(plan.work.outputs), 'file')}"),
     ]
     if plan.policies.get("formats"):
-        rows.append(("formats", ", ".join(f"{n:,} {name}" for name, n in plan.policies["formats"].items())))
+        rows.append(("formats", _formats(plan.policies)))
     bound = lower_bound(plan)
     if bound is not None:
         rows.append(("at least", bound))

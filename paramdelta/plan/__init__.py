@@ -229,7 +229,7 @@ def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_bas
         layout=layout,
         side_files=(*carried, *made),
         policies=policies,
-        warnings=(*config.warnings, *notes),
+        warnings=(*config.warnings, *stored.notes, *notes),
     )
 
 

@@ -20,11 +20,13 @@ _NEVER = ("*norm*", "*.gate.weight", "*router*", "*embed*", "*.wte.weight", "*.w
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """How the output stores each tensor of a pairing: a format, or None and a dtype. ``like`` is the checkpoint whose
-    quantisation the output's config follows; None where the config must be written from the formats alone."""
+    quantisation the output's config follows; None where the config must be written from the formats alone. ``notes``
+    are warnings for the user."""
 
     formats: list[Format | None]
     dtypes: list[DType]
     like: Names | None
+    notes: tuple[str, ...] = ()
 
 
 def choose(
@@ -59,6 +61,7 @@ class _Chooser:
         self.post, self.base, self.new_base = post, base, new_base
         self.never = matcher((*_NEVER, *request.no_quantise))
         self.excluded = matcher(request.no_quantise)
+        self.notes: tuple[str, ...] = ()
 
     def run(self) -> Stored:
         wanted = self.request.format
@@ -76,7 +79,7 @@ class _Chooser:
             formats, like = self.named(wanted)
         formats = [None if f is None else _written(f) for f in formats]
         dtypes = [self.dtype(i, format_) for i, format_ in enumerate(formats)]
-        return Stored(formats=formats, dtypes=dtypes, like=like)
+        return Stored(formats=formats, dtypes=dtypes, like=like, notes=self.notes)
 
     def own_format(self, i: int) -> Format | None:
         donor = self.post if self.pairing.kinds[i] == Kind.FROM_POST else self.new_base
@@ -111,16 +114,28 @@ class _Chooser:
         quantised = [any(self.in_checkpoint(names, i) for names in sources) for i in count]
         chosen = quantised if any(quantised) else [self.linear(i) for i in count]
         made = [self.fitted(template, i) if chosen[i] and self.allowed(i) else None for i in count]
+        unfit = [i for i in count if chosen[i] and made[i] is None and self.allowed(i)]
         if not any(made):
+            reason = self.misfit(template, unfit[0]) if unfit else "there are no weights of linear layers to quantise"
             self.wrong.append(
-                Complaint(
-                    "--format",
-                    f"no tensor can be stored as {name}: of {sum(chosen):,} weights of linear layers, none goes in "
-                    f"whole groups of {template.cols}",
-                    "choose another format",
-                )
+                Complaint("--format", f"no weight can be stored as {name}: {reason}", "choose another format")
             )
+        elif unfit:
+            more = f" and {len(unfit) - 1:,} more" if len(unfit) > 1 else ""
+            self.notes = (f"not stored as {name}: {self.misfit(template, unfit[0])}{more}",)
         return made, None
+
+    def misfit(self, template: Format, i: int) -> str:
+        """Return why a weight has no place in a format."""
+        name, shape = shown(self.pairing.names[i]), self.pairing.shapes[i]
+        if template.spelling.of(self.pairing.names[i], "scale") is None:
+            return f"{name} (the format has no names for stacks of experts)"
+        if self.pairing.kinds[i] == Kind.EXTENDED:
+            return f"{name} (its vocabulary is extended)"
+        if not self.number(i):
+            return f"{name} (it holds no numbers that can be quantised)"
+        group = template.cols if template.rows == 1 and template.cols > 1 else 8 // template.bits
+        return f"{name} (its rows of {shape[-1] if shape else 1:,} do not go in whole groups of {group})"
 
     def allowed(self, i: int) -> bool:
         return not self.excluded(self.pairing.names[i])
