@@ -297,7 +297,7 @@ def _block(value: Any, wrong: list[Complaint]) -> tuple[int, int] | None:
     if isinstance(value, (tuple, list)) and len(value) == 2:
         value = f"{value[0]}x{value[1]}"
     match = _BLOCK.fullmatch(str(value))
-    if match is None or 0 in (sizes := [int(g) for g in match.groups() if g]):
+    if match is None or (sizes := [int(g) for g in match.groups() if g])[0] == 0:  # 1x0: scales of whole rows
         wrong.append(Complaint("--block-size", f"expected ROWSxCOLS or a group size, got {shown(repr(value))}"))
         return None
     return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
