@@ -59,13 +59,21 @@ class Family:
     own: Any
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    folder = tmp_path_factory.mktemp(request.param)
-    folders = make_models(request.param, folder)
+def make_family(name: str, folder: Path) -> Family:
+    folders = make_models(name, folder)
     paramdelta.merge(**folders, out=folder / "bf16", format="bf16")
     merged, own = (logits(load(at)[0]) for at in (folder / "bf16", folders["new_base"]))
     return Family(folders, merged, own)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family("llama", tmp_path_factory.mktemp("variants"))
 
 
 def check(out: Path, plain: Path, lost: float, merged: Any, own: Any, *, but: Callable[[str], bool] = never) -> None:
@@ -162,3 +170,20 @@ def test_fp8_folders_merge_and_load(name: str, quantiser: str, tmp_path: Path) -
     old, new = (json.loads((at / "config.json").read_text()) for at in (folders["new_base"], tmp_path / "out"))
     assert old["quantization_config"] == new["quantization_config"]
     check(tmp_path / "out", tmp_path / "plain", quantised.relative_error, merged, own)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int4, a scale for each row": {"format": "int4", "block_size": "1x0"},
+    "int4, groups of 64": {"format": "int4", "block_size": 64, "scale_type": "f32"},
+    "fp8, blocks of 64x128": {"format": "fp8-block", "block_size": "64x128"},
+    "fp8, powers of two": {"format": "fp8-block", "scale_type": "ue8m0"},
+    "fp8, powers of two as bytes": {"format": "fp8-block", "scale_type": "e8m0"},
+    "fp8, scales in bf16": {"format": "fp8-block", "scale_type": "bf16"},
+    "fp8, rows with scales in f32": {"format": "fp8-channel", "scale_type": "f32"},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_variants_of_formats_load(options: dict[str, Any], variants: Family, tmp_path: Path) -> None:
+    (quantised,) = paramdelta.merge(**variants.folders, out=tmp_path / "out", **options).quantised
+    check(tmp_path / "out", tmp_path / "plain", quantised.relative_error, variants.merged, variants.own)
