@@ -192,7 +192,7 @@ def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_bas
     names = {"post": p, "base": b, "new_base": n}
     pairing = pair(request, p, b, n, wrong)
     stored = choose(request, pairing, p, b, n, wrong)
-    statistics = choose_statistics(request, stored, names, wrong)
+    statistics = choose_statistics(request, pairing, stored, names, wrong)
     quant_config = choose_config(request, pairing, stored, names, statistics, wrong)
     if wrong:
         raise PlanError(wrong)
