@@ -140,7 +140,7 @@ def _compressed_tensors(config: dict[str, Any], modules: Mapping[str, Shape]) ->
             if not hasattr(parent, part):
                 parent.add_module(part, torch.nn.Module())
             parent = getattr(parent, part)
-        parent.add_module(last, torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16))
+        parent.add_module(last, torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="meta"))
     quantization.apply_quantization_config(model, read, show_progress=False)
     found: dict[str, Promise] = {}
     calibrated: set[str] = set()
@@ -150,13 +150,20 @@ def _compressed_tensors(config: dict[str, Any], modules: Mapping[str, Shape]) ->
         if scheme is None:
             found[name] = None
             continue
-        state = {key: torch.ones_like(value) for key, value in module.state_dict().items()}
+        state = {key: (value.dtype, tuple(value.shape)) for key, value in module.state_dict().items()}
         calibrated |= {f".{key}" for key in state if key.startswith("input_")}
-        weight = {key: value for key, value in state.items() if key.startswith("weight")}
-        compressor = compressors.BaseCompressor.get_value_from_registry(scheme.format or config["format"])
-        planes = compressor.compress(weight, scheme)
-        found[name] = {f".{key}": ((_TORCH[v.dtype],), tuple(v.shape)) for key, v in planes.items()}
+        weight = tuple(item for item in state.items() if item[0].startswith("weight"))
+        found[name] = _planes_compressed(scheme.format or config["format"], scheme.model_dump_json(), weight)
     return found, calibrated
+
+
+@functools.cache
+def _planes_compressed(layout: str, scheme: str, weight: tuple[tuple[str, Any], ...]) -> Promise:
+    """Return what the library stores for a weight of ones."""
+    state = {key: torch.ones(shape, dtype=dtype) for key, (dtype, shape) in weight}
+    compressor = compressors.BaseCompressor.get_value_from_registry(layout)
+    planes = compressor.compress(state, quantization.QuantizationScheme.model_validate_json(scheme))
+    return {f".{key}": ((_TORCH[v.dtype],), tuple(v.shape)) for key, v in planes.items()}
 
 
 def _modelopt(config: dict[str, Any], modules: Mapping[str, Shape]) -> tuple[dict[str, Promise], set[str]]:

@@ -139,7 +139,12 @@ def plain(dtype: str) -> Callable[[int, int], Planes]:
 
 
 def native(**more: Any) -> dict[str, Any]:
-    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]} | more
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    } | more
 
 
 def compressed(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
