@@ -97,7 +97,7 @@ def choose_statistics(
         wrong.append(
             Complaint(
                 str(donor.checkpoint.path),
-                f"{donor.role} lacks {len(missing):,} activation scales that the static format of {like.role} needs:"
+                f"{donor.role} lacks {len(missing):,} scales of activations or of the cache that {like.role} has:"
                 f"{grouped(missing)}",
                 f"--activation-scales {other} takes them from there; drop leaves them out, and the config says dynamic",
             )
@@ -140,6 +140,7 @@ def choose_config(
             ignored=unquantised_modules(pairing, stored.formats, new_base.checkpoint.tied is not False),
             source=like,
             dynamic=not statistics or like is None or like.dynamic,
+            cached=bool(statistics) or like is None or not like.statistics,
         )
     except ValueError as error:
         wrong.append(Complaint("--format", shown(str(error)), "--format bf16 needs no such config"))
