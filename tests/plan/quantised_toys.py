@@ -92,7 +92,7 @@ class Storage:
         folder.mkdir()
         whole: dict[str, Any] = {"model_type": "toy", "tie_word_embeddings": not head, **config}
         modelopt = None
-        if self.config is not None:
+        if self.config is not None and "quantization_config" not in config:
             whole["quantization_config"] = {**self.config, self.listed: self.ignored()}
         if self.modelopt is not None:
             modelopt = {
