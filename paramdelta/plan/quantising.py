@@ -93,15 +93,19 @@ def choose_statistics(
         else:
             chosen.append((donor.role, found))
     if missing:
-        other = "new-base" if donor.role == "post" else "post"
+        other = names["new_base" if donor.role == "post" else "post"]
+        others = {other.checkpoint.tensors.names[row] for row in other.quantisation.statistics}
+        option = f"--activation-scales {other.role.replace('_', '-')} takes them from there; "
         wrong.append(
             Complaint(
                 str(donor.checkpoint.path),
                 f"{donor.role} lacks {len(missing):,} scales of activations or of the cache that {like.role} has:"
                 f"{grouped(missing)}",
-                f"--activation-scales {other} takes them from there; drop leaves them out, and the config says dynamic",
+                f"{option if others.issuperset(missing) else ''}--activation-scales drop leaves them out, and the "
+                "config says dynamic",
             )
         )
+        return [(like.role, row) for row in like.quantisation.statistics]  # what follows from it is not said again
     return chosen
 
 
@@ -126,18 +130,20 @@ def choose_config(
 ) -> QuantConfig:
     """Return the quantisation config of the output: new_base's own where every tensor is stored as there."""
     new_base = names["new_base"]
-    dropped = bool(new_base.quantisation.statistics) and not statistics
-    alike = stored.like is not None and _same_config(stored.like, new_base)
-    if alike and not dropped and _as_new_base(pairing, stored, new_base):
-        return QuantConfig(kept=True)
     formats = [f for f in stored.formats if f is not None]
     if not formats:
         return QuantConfig(kept=new_base.quantisation.method is None)
+    added = [] if stored.like is None else _added(pairing, stored, stored.like)
+    dropped = bool(new_base.quantisation.statistics) and not statistics
+    alike = stored.like is not None and _same_config(stored.like, new_base)
+    if alike and not dropped and not added and _as_new_base(pairing, stored, new_base):
+        return QuantConfig(kept=True)
     like = None if stored.like is None else stored.like.quantisation
     try:
         config, document = output_config(
             formats,
             ignored=unquantised_modules(pairing, stored.formats, new_base.checkpoint.tied is not False),
+            added=added,
             source=like,
             dynamic=not statistics or like is None or like.dynamic,
             cached=bool(statistics) or like is None or not like.statistics,
@@ -146,13 +152,25 @@ def choose_config(
         wrong.append(Complaint("--format", shown(str(error)), "--format bf16 needs no such config"))
         return QuantConfig(kept=True)
     source = stored.like.checkpoint.config if stored.like is not None else {}
+    experts = "fp4" if any(f.name == "mxfp4" for f in dict.fromkeys(formats)) else "fp8"
     return QuantConfig(
         kept=False,
         config=config,
         place=like.config_place if like is not None and like.config_place.startswith("config.json") else "config.json",
         document=document,
-        echoes={key: source[key] for key in _ECHOES if key in source},
+        echoes={key: experts for key in _ECHOES if key in source},
     )
+
+
+def _added(pairing: Pairing, stored: Stored, like: Names) -> list[str]:
+    """Return the unquantised modules that the checkpoint whose config is followed does not have plain."""
+    rows = {"post": pairing.post, "base": pairing.base, "new_base": pairing.new_base}[like.role]
+
+    def plain_there(i: int) -> bool:
+        row = rows[i] if rows[i] >= 0 else like.rows.get(pairing.names[i], -1)
+        return row >= 0 and row not in like.weights
+
+    return unquantised_modules(pairing, stored.formats, False, plain_there)
 
 
 def _same_config(like: Names, new_base: Names) -> bool:
