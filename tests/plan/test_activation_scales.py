@@ -73,7 +73,7 @@ def test_a_donor_that_lacks_them(
     text = complaint(sources, **options)
     assert str(sources[lacking]) in text
     assert f"{lacking} lacks {len(expected_names(storage))} scales of activations or of the cache" in text
-    assert f"--activation-scales {other} takes them from there; drop leaves them out" in text
+    assert f"--activation-scales {other} takes them from there; --activation-scales drop leaves them out" in text
 
 
 def test_a_donor_with_other_shapes_lacks_them(tmp_path: Path) -> None:
