@@ -117,7 +117,7 @@ class _Chooser:
             self.wrong.append(
                 Complaint(
                     "--format",
-                    f"{len(refused):,} tensors cannot be stored like post, which holds their parts in another structure "
+                    f"{len(refused):,} tensors cannot be stored like post, which holds their parts otherwise "
                     f"than new_base:{grouped(refused)}",
                     "--format bf16 writes them plain; without --format they are as in new_base",
                 )
