@@ -1,5 +1,5 @@
 """Reads a checkpoint's quantisation config as those do who load it, and compares what it promises of every linear
-module with the tensors in the folder. Matching names and shaping scales is left to the libraries where there are any."""
+module with the tensors in the folder. Names are matched and scales shaped by the libraries where there are any."""
 
 from __future__ import annotations
 
