@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from quantised_toys import (
     planned,
 )
 
-from paramdelta.checkpoint import recognise
 from paramdelta.errors import PlanError
 from paramdelta.formats import COMPRESSED_F32, DEEPGEMM, DEEPGEMM_UE8M0, INT4, INT4_F32
-from paramdelta.plan import MergeRequest, Plan, open_all
+from paramdelta.plan import MergeRequest, Plan
 from paramdelta.plan.request import FORMATS
 
 GROUPED = ("mxfp8", "mxfp4", "nvfp4", "int4")

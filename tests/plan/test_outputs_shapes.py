@@ -1,4 +1,4 @@
-"""Scales come out in the shape in which the followed checkpoint has them, also where nothing of new_base's is copied."""
+"""Scales come out in the shape that the followed checkpoint gives them, also where new_base has none."""
 
 from __future__ import annotations
 

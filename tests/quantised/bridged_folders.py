@@ -70,13 +70,18 @@ def mixtral_name(key: Key) -> str:
 
 
 def stacks(w: dict[Key, Array], how: str) -> Tensors:
-    """Return all experts as two stacks: straight, transposed, or with gate and up in alternating rows."""
-    join = (lambda a, b: np.stack([a, b], 1).reshape(-1, a.shape[1])) if how == "interleaved" else _below
+    """Return all experts as two stacks: straight, transposed, with gate and up in alternating rows (interleaved), or
+    both at once, as gpt-oss has them in bf16."""
+    join = _alternating if how in ("interleaved", "gpt-oss") else _below
     both = np.stack([join(w[e, "gate"], w[e, "up"]) for e in range(EXPERTS)])
     down = np.stack([w[e, "down"] for e in range(EXPERTS)])
-    if how == "transposed":
+    if how in ("transposed", "gpt-oss"):
         both, down = both.transpose(0, 2, 1), down.transpose(0, 2, 1)
     return {f"{PREFIX}.gate_up_proj": bf16(both), f"{PREFIX}.down_proj": bf16(down)}
+
+
+def _alternating(a: Array, b: Array) -> Array:
+    return np.stack([a, b], 1).reshape(-1, a.shape[1])
 
 
 def _below(a: Array, b: Array) -> Array:
@@ -92,10 +97,10 @@ def blocks(w: dict[Key, Array]) -> tuple[Tensors, dict[Key, Scaled]]:
         for e in range(EXPERTS):
             x = w[e, "down"]
             if part == "gate_up":
-                x = np.stack([w[e, "gate"], w[e, "up"]], 1).reshape(-1, x.shape[0])
+                x = _alternating(w[e, "gate"], w[e, "up"])
             made = scaled.quantise(x, MXFP4_OPENAI, 1, 32, "f8_e8m0")
             assert made.scales is not None
-            codes.append(scaled.pack(made.codes).reshape(x.shape[0], -1, 16))
+            codes.append(scaled.pack(made.codes, "f4").reshape(x.shape[0], -1, 16))
             scales.append(made.scales.view(np.uint8))
             rows = {"gate": slice(0, None, 2), "up": slice(1, None, 2)} if part == "gate_up" else {"down": slice(None)}
             for name, at in rows.items():
