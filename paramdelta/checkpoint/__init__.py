@@ -10,7 +10,6 @@ from paramdelta.checkpoint.table import TensorSpec, TensorTable
 from paramdelta.checkpoint.weights import (
     Quantisation,
     QuantisedWeight,
-    quantisation_complaint,
     quantised_as,
     recognise,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "TensorTable",
     "describe",
     "open_checkpoint",
-    "quantisation_complaint",
     "quantised_as",
     "recognise",
 ]
@@ -37,6 +35,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     import math
 
     table = checkpoint.tensors
+    quantisation, complaints = recognise(checkpoint, allow_unscaled=True)
+    logical = {weight.codes: weight for weight in quantisation.weights.values()}
+    beside = quantisation.parts.union(quantisation.statistics).difference(logical)
+    formats: dict[str, dict[str, int]] = {}
+    parameters = 0
     architectures = checkpoint.config.get("architectures")
     dtypes: dict[str, dict[str, int]] = {}
     for row, shape in enumerate(table.shapes):
@@ -44,32 +47,33 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         entry["tensors"] += 1
         entry["elements"] += math.prod(shape)
         entry["bytes"] += int(table.nbytes[row])
+        if row in beside:
+            continue
+        weight = logical.get(row)
+        elements = math.prod(shape if weight is None else weight.shape)
+        parameters += elements
+        if weight is not None:
+            stored = formats.setdefault(weight.format.name, {"weights": 0, "parameters": 0})
+            stored["weights"] += 1
+            stored["parameters"] += elements
     return {
         "version": JSON_VERSION,
         "kind": "checkpoint",
         "name": checkpoint.label,
         "architecture": ", ".join(map(str, architectures if isinstance(architectures, list) else [])) or None,
         "model_type": checkpoint.config.get("model_type"),
-        "parameters": _parameters(checkpoint),
+        "parameters": parameters,
         "tensors": len(table),
         "bytes": int(table.nbytes.sum()),
         "files": len(checkpoint.files),
         "sharded": checkpoint.sharded,
         "tied_embeddings": checkpoint.tied,
-        "quantised": quantised_as(checkpoint),
+        "quantised": quantisation.description or None,
+        "formats": formats,
+        "calibration_tensors": len(quantisation.statistics),
         "dtypes": dtypes,
         "shards": [{"name": f.name, "bytes": f.size} for f in checkpoint.files],
         "side_files": list(checkpoint.side_files),
         "notes": list(checkpoint.notes),
+        "problems": [str(complaint) for complaint in complaints],
     }
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    """Return the number of elements of all weights, not counting scales, packing and calibration."""
-    import math
-
-    found, _ = recognise(checkpoint)
-    others = found.parts | set(found.statistics)
-    shapes = [weight.shape for weight in found.weights.values()]
-    shapes += [shape for row, shape in enumerate(checkpoint.tensors.shapes) if row not in others]
-    return sum(map(math.prod, shapes))

@@ -123,6 +123,8 @@ class _Search:
         self.bare: list[int] = []  # codes without a scale
         self.wrong: list[Complaint] = []
         self.formats: dict[tuple[Any, ...], Format | str] = {}
+        self.shared: dict[Format, Format] = {}
+        self.variants: dict[tuple[Any, ...], Format] = {}
 
     def complain(self, subject: str, problem: str, remedy: str) -> None:
         self.wrong.append(Complaint(subject, problem, remedy))
@@ -171,7 +173,7 @@ class _Search:
         key = (id(layout), codes_dtype, scale_dtype, self.table.shapes[row], self.table.shapes[scale])
         made = self.formats.get(key)
         if made is None:
-            made = self.formats[key] = self._format(layout, *key[1:])
+            made = self.formats[key] = self._shared(self._format(layout, *key[1:]))
         if isinstance(made, str):
             return self.complain_of(row, made)
         more: dict[str, int] = {}
@@ -262,13 +264,24 @@ class _Search:
                 "restore the quantization_config in config.json",
             )
         if zero_point == NONE:
-            return replace(made, spelling=replace(made.spelling, zero_point=""))
+            return self._variant(made, spelling=replace(made.spelling, zero_point=""))
         scale = grid_shape(shape, (made.rows, made.cols))
         wanted = (*scale[:-2], -(-scale[-2] // 8), scale[-1])
         if self.dtype[zero_point] != made.codes_dtype.code or self.table.shapes[zero_point] != wanted:
             seen = f"{DTYPES[self.dtype[zero_point]].safetensors} {list(self.table.shapes[zero_point])}"
             self.complain_of(zero_point, f"is {seen}, but zero points are packed into I32 {list(wanted)}")
-        return replace(made, zero_points=True)
+        return self._variant(made, zero_points=True)
+
+    def _shared(self, made: Format | str) -> Format | str:
+        """Return the one object that stands for all formats equal to this one."""
+        return made if isinstance(made, str) else self.shared.setdefault(made, made)
+
+    def _variant(self, made: Format, **changes: Any) -> Format:
+        """Return a format with changes, one object for all weights that have it."""
+        key = (id(made), *changes)
+        if key not in self.variants:
+            self.variants[key] = replace(made, **changes)
+        return self.variants[key]
 
     def unscaled(self, *, allow: bool) -> None:
         """Complain about codes whose scale was not found, or take fp8 among them for values."""
@@ -364,12 +377,3 @@ def _words(made: Format) -> str:
 def quantised_as(checkpoint: Checkpoint) -> str | None:
     """Return what a quantised checkpoint is quantised as, in words; None for a plain one."""
     return recognise(checkpoint, allow_unscaled=True)[0].description or None
-
-
-def quantisation_complaint(checkpoint: Checkpoint) -> list[Complaint]:
-    """Return the complaints about a quantised checkpoint, or an empty list for a plain one."""
-    found, complaints = recognise(checkpoint)
-    if complaints or not found.weights:
-        return complaints
-    problem = f"{checkpoint.role} is quantised: {found.description}. This version merges only unquantised checkpoints"
-    return [Complaint(str(checkpoint.path), problem, "use the bf16 release, or dequantise it first")]

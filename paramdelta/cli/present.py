@@ -156,6 +156,13 @@ def checkpoint(description: dict[str, Any]) -> None:
         if isinstance(value, list) and value and not isinstance(value[0], dict)
     ]
     print_table("checkpoint", rows)
+    formats = description.get("formats", {})
+    if formats:
+        print_columns(
+            "quantised weights",
+            ("format", "weights", "parameters"),
+            [(name, f"{f['weights']:,}", f"{f['parameters']:,}") for name, f in formats.items()],
+        )
     dtypes = description.get("dtypes", {})
     print_columns(
         "dtypes",

@@ -194,7 +194,7 @@ def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_bas
     pairing = pair(request, p, b, n, wrong)
     stored = choose(request, pairing, p, b, n, wrong)
     turn_stacks(pairing, stored.formats, names)
-    statistics = choose_statistics(request, stored, names, wrong)
+    statistics = choose_statistics(request, pairing, stored, names, wrong)
     quant_config = choose_config(request, pairing, stored, names, statistics, wrong)
     if wrong:
         raise PlanError(wrong)

@@ -195,6 +195,18 @@ def bridge(out: Structure, row: int, post: Structure, base: Structure) -> list[P
     return pieces
 
 
+def parts_of(out: Structure, row: int, other: Structure) -> set[int]:
+    """Return the rows in which another checkpoint may hold parts of an output weight, whatever their shapes."""
+    found: set[int] = set()
+    for key in out.own(row) or []:
+        stack = out.names.shape(row)[0] if key.expert >= 0 and len(out.names.shape(row)) == 3 else 0
+        keys = [key._replace(expert=e) for e in range(stack)] if stack else [key]
+        found.update(other.singles[k] for k in keys if k in other.singles)
+        if (key.prefix, key.part) in other.several:
+            found.add(other.several[key.prefix, key.part])
+    return found
+
+
 def _shapes(
     keys: list[Key], out: Structure, row: int, others: tuple[Structure, Structure]
 ) -> dict[str, tuple[int, int]] | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from paramdelta.checkpoint.families import output_format
 from paramdelta.dtypes import BF16, BY_NAME, F8_E4M3, DType
 from paramdelta.errors import Complaint, shown
 from paramdelta.formats import Format
-from paramdelta.plan.naming import EMBEDDINGS, Names, is_head
+from paramdelta.plan.naming import EMBEDDINGS, Names, grouped, is_head
 from paramdelta.plan.pairing import NONE, Kind, Pairing
 from paramdelta.plan.request import PLAIN_FORMATS, MergeRequest, matcher
 
@@ -59,7 +60,8 @@ class _Chooser:
     ) -> None:
         self.request, self.pairing, self.wrong = request, pairing, wrong
         self.post, self.base, self.new_base = post, base, new_base
-        self.never = matcher((*_NEVER, *request.no_quantise))
+        self.rows = {"post": pairing.post, "base": pairing.base, "new_base": pairing.new_base}
+        self.never = matcher(_NEVER)
         self.excluded = matcher(request.no_quantise)
         self.notes: tuple[str, ...] = ()
 
@@ -67,69 +69,128 @@ class _Chooser:
         wanted = self.request.format
         if wanted is None and self.request.dtype is not None:  # --dtype is about every tensor
             wanted = "plain"
+        like: Names | None = None
         if wanted is None:
-            formats = [self.own_format(i) for i in range(len(self.pairing.names))]
-            like: Names | None = self.new_base
+            formats, like = self.own_formats(), self.new_base
         elif wanted == "like-post":
-            formats = [self.in_checkpoint(self.post, i) for i in range(len(self.pairing.names))]
-            like = self.post
+            formats, like = self.like_post(), self.post
         elif wanted == "plain" or wanted in PLAIN_FORMATS:
-            formats, like = [None] * len(self.pairing.names), None
+            formats = [None] * len(self.pairing.names)
         else:
             formats, like = self.named(wanted)
-        formats = [None if f is None else _written(f) for f in formats]
+        written = {id(f): _written(f) for f in formats if f is not None}  # formats are shared: hashing each is slow
+        formats = [None if f is None else written[id(f)] for f in formats]
         dtypes = [self.dtype(i, format_) for i, format_ in enumerate(formats)]
         return Stored(formats=formats, dtypes=dtypes, like=like, notes=self.notes)
 
-    def own_format(self, i: int) -> Format | None:
-        donor = self.post if self.pairing.kinds[i] == Kind.FROM_POST else self.new_base
-        row = self.pairing.post[i] if donor is self.post else self.pairing.new_base[i]
-        weight = donor.weights.get(row)
-        return None if weight is None else weight.format
+    def own_formats(self) -> list[Format | None]:
+        """Return the formats that new_base has for its tensors, and post for those that only post has."""
+        new_base, post = self.new_base.weights, self.post.weights
+        weights = [
+            post.get(there) if kind == Kind.FROM_POST else new_base.get(row)
+            for kind, row, there in zip(self.pairing.kinds, self.pairing.new_base, self.pairing.post, strict=True)
+        ]
+        return [None if weight is None else weight.format for weight in weights]
 
-    def in_checkpoint(self, names: Names, i: int) -> Format | None:
-        """Return the format that a checkpoint has for a tensor of the output."""
-        rows = {id(self.post): self.pairing.post, id(self.base): self.pairing.base}.get(
-            id(names), self.pairing.new_base
-        )
-        row = rows[i] if rows[i] != NONE else names.rows.get(self.pairing.names[i], NONE)
-        weight = names.weights.get(row)
-        return None if weight is None else weight.format
+    def stored_as(self, names: Names) -> list[Format | None]:
+        """Return the format that a checkpoint has for each tensor of the output."""
+        weights, rows = names.weights, self.rows[names.role]
+        if not weights:
+            return [None] * len(rows)
+        found = [
+            weights.get(row if row != NONE else names.rows.get(name, NONE))
+            for name, row in zip(self.pairing.names, rows, strict=True)
+        ]
+        return [None if weight is None else weight.format for weight in found]
+
+    def like_post(self) -> list[Format | None]:
+        """Choose post's formats, where the tensors of the output can have them."""
+        formats = self.stored_as(self.post)
+        refused = []
+        for i, format_ in enumerate(formats):
+            if format_ is None:
+                continue
+            pieces = self.pairing.bridges.get(i)
+            turned = pieces is not None and pieces[0].post.transposed != pieces[0].out.transposed
+            if self.fitted(format_, i) is None or (turned and format_.rows != format_.cols):
+                formats[i] = None
+                if pieces is not None:
+                    refused.append(self.pairing.names[i])
+        if refused:
+            self.wrong.append(
+                Complaint(
+                    "--format",
+                    f"{len(refused):,} tensors cannot be stored like post, which holds their parts otherwise "
+                    f"than new_base:{grouped(refused)}",
+                    "--format bf16 writes them plain; without --format they are as in new_base",
+                )
+            )
+        return formats
 
     def named(self, name: str) -> tuple[list[Format | None], Names | None]:
-        """Choose tensors for ``--format NAME``: those that a checkpoint stores so already; else those that any stores
-        quantised; else every matrix that is no embedding, head, norm or router."""
+        """Choose tensors for ``--format NAME``: those that new_base or post stores so already, and what it has in
+        another format; else those that any checkpoint stores quantised; else every matrix that is no embedding, head,
+        norm or router."""
         try:
             template = output_format(name, block=self.request.block_size, scale=self.request.scale_type)
         except ValueError as error:
             self.wrong.append(Complaint("--format", str(error)))
             return [None] * len(self.pairing.names), None
-        count = range(len(self.pairing.names))
-        sources = (self.new_base, self.post, self.base)
-        if self.request.block_size is None and self.request.scale_type is None:
-            for names in sources:
-                if any(w.format.name == name for w in names.weights.values()):
-                    found = [self.in_checkpoint(names, i) for i in count]
-                    return [f if self.allowed(i) else None for i, f in enumerate(found)], names
-        quantised = [any(self.in_checkpoint(names, i) for names in sources) for i in count]
-        chosen = quantised if any(quantised) else [self.linear(i) for i in count]
-        made = [self.fitted(template, i) if chosen[i] and self.allowed(i) else None for i in count]
-        unfit = [i for i in count if chosen[i] and made[i] is None and self.allowed(i)]
-        if not any(made):
-            reason = self.misfit(template, unfit[0]) if unfit else "there are no weights of linear layers to quantise"
-            self.wrong.append(
-                Complaint("--format", f"no weight can be stored as {name}: {reason}", "choose another format")
-            )
+        like, own = self.followed(name)
+        there = [self.stored_as(names) for names in (self.new_base, self.post, self.base)]
+        quantised = [any(formats) for formats in zip(*there, strict=True)]
+        if like is not None and own is not None:
+            lacking = self.lacking(like)
+            stored = self.stored_as(like)
+            chosen = [f is not None or (lacks and q) for f, lacks, q in zip(stored, lacking, quantised, strict=True)]
+            made = [f if f is not None and f.name == name else own for f in stored]
+        else:
+            chosen = quantised if any(quantised) else [self.linear(i) for i in range(len(quantised))]
+            made = [template] * len(chosen)
+        allowed = [is_chosen and self.allowed(i) for i, is_chosen in enumerate(chosen)]
+        formats = [
+            (f if like is not None and f is stored[i] else self.made_anew(f, i)) if allowed[i] else None
+            for i, f in enumerate(made)
+        ]
+        unfit = [i for i, wanted in enumerate(allowed) if wanted and formats[i] is None]
+        if not any(formats):
+            self.nothing(template, sum(chosen), unfit)
         elif unfit:
             more = f" and {len(unfit) - 1:,} more" if len(unfit) > 1 else ""
             self.notes = (f"not stored as {name}: {self.misfit(template, unfit[0])}{more}",)
-        return made, None
+        return formats, like
+
+    def followed(self, name: str) -> tuple[Names, Format] | tuple[None, None]:
+        """Return the checkpoint that has this format already, and its variant, where no other variant is asked for."""
+        if self.request.block_size is None and self.request.scale_type is None:
+            for names in (self.new_base, self.post):
+                own = next((w.format for w in names.weights.values() if w.format.name == name), None)
+                if own is not None:
+                    return names, own
+        return None, None
+
+    def lacking(self, names: Names) -> list[bool]:
+        """Return which tensors of the output a checkpoint does not have."""
+        pairs = zip(self.pairing.names, self.rows[names.role], strict=True)
+        return [row == NONE and name not in names.rows for name, row in pairs]
+
+    def nothing(self, template: Format, chosen: int, unfit: list[int]) -> None:
+        """Complain that no tensor is left for a wanted format."""
+        problem, remedy = "there are no weights of linear layers to quantise", "choose another format"
+        if unfit:
+            more = f" and {len(unfit) - 1:,} more" if len(unfit) > 1 else ""
+            problem = f"{self.misfit(template, unfit[0])}{more}"
+        elif chosen:
+            problem, remedy = "--no-quantise matches every weight that could be", "name fewer tensors"
+        self.wrong.append(Complaint("--format", f"no weight can be stored as {template.name}: {problem}", remedy))
 
     def misfit(self, template: Format, i: int) -> str:
         """Return why a weight has no place in a format."""
         name, shape = shown(self.pairing.names[i]), self.pairing.shapes[i]
         if template.spelling.of(self.pairing.names[i], "scale") is None:
             return f"{name} (the format has no names for stacks of experts)"
+        if not self.pairing.names[i].endswith(".weight") and template.rows != template.cols:
+            return f"{name} (a stack that may be stored transposed, and scales along its rows)"
         if self.pairing.kinds[i] == Kind.EXTENDED:
             return f"{name} (its vocabulary is extended)"
         if not self.number(i):
@@ -152,12 +213,18 @@ class _Chooser:
         name, shape = self.pairing.names[i], self.pairing.shapes[i]
         if len(shape) < 2 or template.spelling.of(name, "scale") is None:
             return None
-        grouped = template.rows == 1 and template.cols > 1
-        if (grouped and shape[-1] % template.cols) or shape[-1] * template.bits % 8:
+        in_groups = template.rows == 1 and template.cols > 1
+        if (in_groups and shape[-1] % template.cols) or shape[-1] * template.bits % 8:
             return None
         if self.pairing.kinds[i] == Kind.EXTENDED or not self.number(i):
             return None
         return template
+
+    def made_anew(self, template: Format, i: int) -> Format | None:
+        """Return the format for one tensor, None where it has to stay plain: stacks that no suffix tells apart from
+        transposed ones have formats that look the same either way round, or none."""
+        stack = not self.pairing.names[i].endswith(".weight")
+        return None if stack and template.rows != template.cols else self.fitted(template, i)
 
     def number(self, i: int) -> bool:
         """Whether a tensor holds numbers that can be quantised."""
@@ -196,12 +263,24 @@ def _written(stored: Format) -> Format:
     return made if made.codec == stored.codec else replace(made, codes_dtype=F8_E4M3)
 
 
-def unquantised_modules(pairing: Pairing, formats: list[Format | None], tied: bool) -> list[str]:
-    """Return the modules of linear layers that the output does not quantise, for configs that list them. A tied head
-    is one, although no tensor of its own is stored."""
+def unquantised_modules(
+    pairing: Pairing, formats: list[Format | None], tied: bool, plain_anyway: Callable[[int], bool] | None = None
+) -> list[str]:
+    """Return the modules of linear layers that the output does not quantise, for configs that list them.
+
+    A tied head is one, although no tensor of its own is stored; stacks of experts are one together. With
+    ``plain_anyway`` only those whose tensor (a number in the pairing) it does not hold for.
+    """
     head = ["lm_head"] if tied and not any(is_head(name) for name in pairing.names) else []
-    return head + [
-        shown(name).removesuffix(".weight")
-        for name, shape, format_ in zip(pairing.names, pairing.shapes, formats, strict=True)
-        if format_ is None and len(shape) == 2 and name.endswith(".weight") and not name.endswith(EMBEDDINGS)
-    ]
+    found = dict.fromkeys(head if plain_anyway is None else [])
+    quantised: set[str] = set()
+    for i, (name, shape, format_) in enumerate(zip(pairing.names, pairing.shapes, formats, strict=True)):
+        stack = len(shape) == 3 and "experts" in name
+        if not stack and (len(shape) != 2 or not name.endswith(".weight") or name.endswith(EMBEDDINGS)):
+            continue
+        module = name.removesuffix(".weight") if name.endswith(".weight") else name.rpartition(".")[0]
+        if format_ is not None:
+            quantised.add(module)
+        elif plain_anyway is None or not plain_anyway(i):
+            found[shown(module)] = None
+    return [module for module in found if module not in quantised]

@@ -231,10 +231,10 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def scale_shape(format_: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the scales of a weight, as the header states it."""
     if format_.whole and not format_.second:
-        if len(shape) > 2:
-            return shape[:-2]
-        return (1,) if format_.scale_shape == "one" else ()
+        return (*shape[:-2], *{"one": (1,), "grid": (1, 1)}.get(format_.scale_shape, ()))
     rows, cols = grid_shape(format_, shape)
+    if format_.scale_shape == "spread" and len(shape) == 2:
+        return rows, 1, cols, 1
     if format_.scale_shape == "row":
         return (*shape[:-2], rows)
     return (*shape[:-2], rows, cols)

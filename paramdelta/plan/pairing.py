@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from paramdelta.errors import Complaint, shown
-from paramdelta.plan.bridges import Ambiguous, Piece, Structure, bridge, turned
+from paramdelta.plan.bridges import Ambiguous, Piece, Structure, bridge, parts_of, turned
 from paramdelta.plan.naming import EMBEDDINGS, Names, is_head
 from paramdelta.plan.problems import Problems, by_role, complaints
 from paramdelta.plan.request import ROLES, MergeRequest, matcher
@@ -85,6 +85,8 @@ class _Pairer:
         if self.left_alone(name):
             self.converted(self.new_base, name, row)
             self.result.add(name, Kind.FROM_NEW_BASE, shape, row, NONE, NONE)
+            for role in ("post", "base"):  # its parts there are left alone with it
+                self.bridged_rows[role] |= parts_of(self.structures["new_base"], row, self.structures[role])
             return
         if is_head(name) and self.new_base.checkpoint.tied is True and self.has_own_head(name):
             self.problems.untied.append(name)

@@ -39,13 +39,20 @@ _MEASURED = "this modelopt format needs scales of activations that were measured
 
 
 def output_config(
-    formats: Sequence[Format], *, ignored: Sequence[str], source: Quantisation | None, dynamic: bool
+    formats: Sequence[Format],
+    *,
+    ignored: Sequence[str],
+    source: Quantisation | None,
+    dynamic: bool,
+    cached: bool = True,
+    added: Sequence[str] = (),
 ) -> tuple[Config | None, Config | None]:
     """Return (``quantization_config`` for config.json, content of hf_quant_config.json), None where there is none.
 
     ``formats`` are those of the output's quantised weights, ``ignored`` the names of modules that are not quantised,
-    ``dynamic`` whether activations are scaled as they come. Where every format is one of ``source``'s, its config is
-    kept as it is, unknown fields too, and of ``ignored`` only modules that are quantised there are added to its list;
+    ``dynamic`` whether activations are scaled as they come; without ``cached``, scales that the source has for the
+    key-value cache are left out, and its scheme with them. Where every format is one of ``source``'s, its config is
+    kept as it is, unknown fields too, and only ``added``, modules that are not plain there, are added to its list;
     otherwise a new one is written. Raises ValueError where no config can say what the formats are.
     """
     made = list(dict.fromkeys(formats))
@@ -56,8 +63,9 @@ def output_config(
         raise ValueError(f"no quantisation config covers formats of {' and '.join(methods)} at once")
     alike = {id(w.format): w.format for w in source.weights.values()} if source is not None else {}
     known = set(alike.values())
-    if source is not None and source.config and source.method == methods[0] and known.issuperset(made):
-        return _followed(source, ignored, dynamic)
+    same = known.issuperset(made) and {f.name for f in known} == {f.name for f in made}
+    if source is not None and source.config and source.method == methods[0] and same:
+        return _followed(source, added, dynamic, cached)
     if methods[0] == "compressed-tensors":
         return _compressed(made, ignored, dynamic), None
     if methods[0] == "modelopt":
@@ -65,7 +73,9 @@ def output_config(
     return _native(methods[0], made, ignored, dynamic), None
 
 
-def _followed(source: Quantisation, ignored: Sequence[str], dynamic: bool) -> tuple[Config | None, Config | None]:
+def _followed(
+    source: Quantisation, added: Sequence[str], dynamic: bool, cached: bool
+) -> tuple[Config | None, Config | None]:
     """Return the source's own config, with what is no longer quantised added to its list."""
     assert source.method is not None
     document = copy.deepcopy(source.config)
@@ -73,9 +83,10 @@ def _followed(source: Quantisation, ignored: Sequence[str], dynamic: bool) -> tu
     config = document.get("quantization", document) if in_file else document
     keys = _IGNORED[source.method][::-1] if in_file else _IGNORED[source.method]
     key = next((k for k in keys if config.get(k) is not None), keys[0])
-    added = [name for name in ignored if name in source.weights or f"{name}.weight" in source.weights]
     if added:
         config[key] = [*source.ignored, *added]
+    if not cached:
+        config.update({k: None for k in ("kv_cache_scheme", "kv_cache_quant_algo") if config.get(k) is not None})
     if source.method in ("fp8", "mxfp8") and dynamic and config.get("activation_scheme") == "static":
         config["activation_scheme"] = "dynamic"
     if source.method == "compressed-tensors" and dynamic and not source.dynamic:

@@ -20,6 +20,11 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 KEYS = ("quantization_config", "compression_config")
 # Fields beside the quantisation config that repeat what the headers say.
 _ECHOES = ("expert_dtype",)
+# Calibration of what goes into a module; other statistics are about what comes out, or the key-value cache.
+_INPUT_STATISTICS = (
+    *(".input_scale", ".activation_scale", ".input_global_scale", ".input_scale_ub", ".activation_scale_ub"),
+    *(".qscale_act", ".activation_scale_inv", ".input_scale_inv", ".input_zero_point", "_input_scale"),
+)
 
 Config = dict[str, Any]
 
@@ -67,34 +72,52 @@ def recognise_all(
 
 
 def choose_statistics(
-    request: MergeRequest, stored: Stored, names: dict[str, Names], wrong: list[Complaint]
+    request: MergeRequest, pairing: Pairing, stored: Stored, names: dict[str, Names], wrong: list[Complaint]
 ) -> list[tuple[str, int]]:
     """Return the calibration tensors of the output, as (role, row): those that the checkpoint whose config is followed
-    has, from the donor that ``--activation-scales`` names."""
+    has, from the donor that ``--activation-scales`` names. A weight that ``--no-quantise`` keeps plain has none."""
     like = stored.like
     if like is None or not any(stored.formats) or request.activation_scales == "drop":
         return []
     donor = names[request.activation_scales.replace("-", "_")]
     table, given = like.checkpoint.tensors, donor.checkpoint.tensors
     offered = {given.names[row]: row for row in donor.quantisation.statistics}
+    spared = _spared(pairing, stored) if request.no_quantise else set()
     chosen, missing = [], []
     for row in like.quantisation.statistics:
+        if _calibrated(table.names[row]) in spared:
+            continue
         found = offered.get(table.names[row])
         if found is None or given.shapes[found] != table.shapes[row]:
             missing.append(table.names[row])
         else:
             chosen.append((donor.role, found))
     if missing:
-        other = "new-base" if donor.role == "post" else "post"
+        other = names["new_base" if donor.role == "post" else "post"]
+        others = {other.checkpoint.tensors.names[row] for row in other.quantisation.statistics}
+        option = f"--activation-scales {other.role.replace('_', '-')} takes them from there; "
         wrong.append(
             Complaint(
                 str(donor.checkpoint.path),
-                f"{donor.role} lacks {len(missing):,} activation scales that the static format of {like.role} needs:"
+                f"{donor.role} lacks {len(missing):,} scales of activations or of the cache that {like.role} has:"
                 f"{grouped(missing)}",
-                f"--activation-scales {other} takes them from there; drop leaves them out, and the config says dynamic",
+                f"{option if others.issuperset(missing) else ''}--activation-scales drop leaves them out, and the "
+                "config says dynamic",
             )
         )
+        return [(like.role, row) for row in like.quantisation.statistics]  # what follows from it is not said again
     return chosen
+
+
+def _spared(pairing: Pairing, stored: Stored) -> set[str]:
+    """Return the modules whose weights are plain in the output."""
+    return {n.removesuffix(".weight") for n, f in zip(pairing.names, stored.formats, strict=True) if f is None}
+
+
+def _calibrated(statistic: str) -> str:
+    """Return the module whose input a calibration tensor is about; an empty string where it is about anything else."""
+    suffix = next((s for s in _INPUT_STATISTICS if statistic.endswith(s)), None)
+    return "" if suffix is None else statistic.removesuffix(suffix)
 
 
 def choose_config(
@@ -107,31 +130,53 @@ def choose_config(
 ) -> QuantConfig:
     """Return the quantisation config of the output: new_base's own where every tensor is stored as there."""
     new_base = names["new_base"]
-    dropped = bool(new_base.quantisation.statistics) and not statistics
-    if stored.like is new_base and not dropped and _as_new_base(pairing, stored, new_base):
-        return QuantConfig(kept=True)
     formats = [f for f in stored.formats if f is not None]
     if not formats:
         return QuantConfig(kept=new_base.quantisation.method is None)
+    added = [] if stored.like is None else _added(pairing, stored, stored.like)
+    dropped = bool(new_base.quantisation.statistics) and not statistics
+    alike = stored.like is not None and _same_config(stored.like, new_base)
+    if alike and not dropped and not added and _as_new_base(pairing, stored, new_base):
+        return QuantConfig(kept=True)
     like = None if stored.like is None else stored.like.quantisation
     try:
         config, document = output_config(
             formats,
             ignored=unquantised_modules(pairing, stored.formats, new_base.checkpoint.tied is not False),
+            added=added,
             source=like,
             dynamic=not statistics or like is None or like.dynamic,
+            cached=bool(statistics) or like is None or not like.statistics,
         )
     except ValueError as error:
         wrong.append(Complaint("--format", shown(str(error)), "--format bf16 needs no such config"))
         return QuantConfig(kept=True)
     source = stored.like.checkpoint.config if stored.like is not None else {}
+    experts = "fp4" if any(f.name == "mxfp4" for f in dict.fromkeys(formats)) else "fp8"
     return QuantConfig(
         kept=False,
         config=config,
         place=like.config_place if like is not None and like.config_place.startswith("config.json") else "config.json",
         document=document,
-        echoes={key: source[key] for key in _ECHOES if key in source},
+        echoes={key: experts for key in _ECHOES if key in source},
     )
+
+
+def _added(pairing: Pairing, stored: Stored, like: Names) -> list[str]:
+    """Return the unquantised modules that the checkpoint whose config is followed does not have plain."""
+    rows = {"post": pairing.post, "base": pairing.base, "new_base": pairing.new_base}[like.role]
+
+    def plain_there(i: int) -> bool:
+        row = rows[i] if rows[i] >= 0 else like.rows.get(pairing.names[i], -1)
+        return row >= 0 and row not in like.weights
+
+    return unquantised_modules(pairing, stored.formats, False, plain_there)
+
+
+def _same_config(like: Names, new_base: Names) -> bool:
+    """Whether two checkpoints have the same quantisation config in the same place."""
+    a, b = like.quantisation, new_base.quantisation
+    return like is new_base or (a.config_place == b.config_place and a.config == b.config)
 
 
 def _as_new_base(pairing: Pairing, stored: Stored, new_base: Names) -> bool:

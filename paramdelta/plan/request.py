@@ -319,6 +319,7 @@ def _fraction(option: str, value: Any, wrong: list[Complaint]) -> float | None:
 def _format_complaints(request: MergeRequest) -> list[Complaint]:
     """Options that only an output format gives a meaning."""
     scaled = request.format not in (None, "like-post", *PLAIN_FORMATS)
+    twice = Complaint("--dtype", f"says how every tensor is stored, and so does --format {request.format}", "give one")
     given = {
         "--block-size": request.block_size is not None,
         "--scale-type": request.scale_type is not None,
@@ -328,7 +329,7 @@ def _format_complaints(request: MergeRequest) -> list[Complaint]:
         Complaint(option, "says how --format quantises, and no such format is given", "--format fp8-block, for example")
         for option, present in given.items()
         if present and not scaled
-    ]
+    ] + ([twice] if request.dtype is not None and request.format is not None and not scaled else [])
 
 
 def _size(value: int | str | None, option: str) -> int | None:

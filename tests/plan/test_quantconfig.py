@@ -241,7 +241,7 @@ def test_a_source_of_the_same_formats_is_followed() -> None:
     before = json.dumps(MINIMAX)
     config, _ = output_config([BLOCK], ignored=["layers.3.gate", "lm_head"], source=source, dynamic=False)
     assert config == MINIMAX, "modules that were not quantised there either need no entry"
-    config, _ = output_config([BLOCK], ignored=["a.up", "lm_head"], source=source, dynamic=True)
+    config, _ = output_config([BLOCK], ignored=["a.up", "lm_head"], added=["a.up"], source=source, dynamic=True)
     assert config == MINIMAX | {"ignored_layers": ["gate", "a.up"], "activation_scheme": "dynamic"}
     assert json.dumps(MINIMAX) == before
 
@@ -258,7 +258,7 @@ def test_the_file_of_modelopt_is_followed() -> None:
     file = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
     source = source_of(MODELOPT, file, "hf_quant_config.json", ignored=("lm_head",), dynamic=False)
     assert output_config([MODELOPT], ignored=["lm_head"], source=source, dynamic=False) == (None, file)
-    config, modelopt = output_config([MODELOPT], ignored=["a.up"], source=source, dynamic=False)
+    config, modelopt = output_config([MODELOPT], ignored=["a.up"], added=["a.up"], source=source, dynamic=False)
     assert config is None
     assert modelopt is not None
     assert modelopt["quantization"]["exclude_modules"] == ["lm_head", "a.up"]
