@@ -25,7 +25,11 @@ TMPFS = Path("/dev/shm")
 DISK = ROOT / "build" / "benchmarks"
 TORCH_SCRIPT = Path(__file__).parent / "peers" / "torch_script.py"
 COPY = 'cat "$1"/* "$2"/* >/dev/null; cp -r "$3" "$4"'
-UNITS = {"wall": "s", "user": "s", "sys": "s", "peak_rss": "B", "read": "B", "written": "B"}
+UNITS = {
+    **dict.fromkeys(("wall", "user", "sys"), "s"),
+    **dict.fromkeys(("peak_rss", "read", "written", "storage_read", "storage_written"), "B"),
+    **dict.fromkeys(("read_calls", "write_calls", "minor_faults", "major_faults", "instructions"), "1"),
+}
 
 Log = Callable[[str], None]
 
