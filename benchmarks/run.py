@@ -41,9 +41,10 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[Record]:
             log(f"kernels skipped: {reason}")
             yield Record("kernels", "all", results.OURS, {}, skipped=reason)
         else:
-            for record in itertools.chain(kernels.run(quick=options.quick), quantised.run(quick=options.quick)):
-                log(f"{record.case}: {record.ratios['of_bound']:.2f} of the bound")
-                yield record
+            log("kernels")
+            yield from kernels.run(quick=options.quick)
+            log("kernels of quantised formats")
+            yield from quantised.run(quick=options.quick)
     places = whole.default_places(options.disk)
     if options.place != "both":
         places = tuple(p for p in places if (p == whole.TMPFS) == (options.place == "tmpfs"))
