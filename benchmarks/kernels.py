@@ -241,7 +241,7 @@ def sweep(
     kept: dict[int, Memory] = {}
     for _ in range(sweeps):
         for i, (make, measurements) in enumerate(makers):
-            bench = kept.pop(i, None) or make()
+            bench = kept.pop(i) if i in kept else make()
             for measurement in measurements:
                 measurement.take(bench, rounds)
             if keep:

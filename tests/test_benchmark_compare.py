@@ -134,10 +134,24 @@ def test_noise_is_what_the_samples_show() -> None:
     two_moods = differences.Number(differences.FRACTION, (0.4,) * 6 + (0.6,) * 5)
     key = ("kernels", "case", OURS)
     assert differences.judge(key, "of_bound", steady, steady).noise == 0.05
-    change = differences.judge(key, "of_bound", two_moods, two_moods)
-    assert change.noise == pytest.approx(2**0.5 * 0.2 / 0.4)
+    # Below the old median lies nothing; above the new one reaches the other mood.
+    fallen = differences.Number(differences.FRACTION, (0.3,) * 6 + (0.45,) * 5)
+    change = differences.judge(key, "of_bound", two_moods, fallen)
+    assert change.noise == pytest.approx((0.0 + 0.15) / 0.4)
+    assert (change.change, change.verdict) == (pytest.approx(-0.25), "same"), "0.45 lies above the old 0.4"
     other_mood = differences.Number(differences.FRACTION, (0.4,) * 5 + (0.6,) * 6)
     assert differences.judge(key, "of_bound", other_mood, two_moods).verdict == "same"
+    assert differences.judge(key, "of_bound", two_moods, other_mood).verdict == "same"
+    one_burst = differences.Number(differences.FRACTION, (0.1, *(0.5,) * 10))
+    slower = differences.Number(differences.FRACTION, (0.44,) * 11)
+    assert differences.judge(key, "of_bound", one_burst, slower).verdict == "loss", "one burst of noise hides nothing"
+
+
+def test_few_samples_count_to_the_outermost() -> None:
+    few = differences.Number(differences.FRACTION, (0.4, 0.5, 0.6))
+    assert (few.low, few.value, few.high) == (0.4, 0.5, 0.6)
+    many = differences.Number(differences.FRACTION, tuple(x / 10 for x in range(11)))
+    assert (many.low, many.value, many.high) == (pytest.approx(0.1), 0.5, pytest.approx(0.9))
 
 
 def test_another_machine_cannot_be_compared_unless_it_is_allowed(verdict: Any) -> None:

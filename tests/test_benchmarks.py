@@ -259,10 +259,46 @@ def test_comparison_rounds_binary64_to_bf16_once() -> None:
     np.testing.assert_array_equal(compare_mergekit.bf16_once(values), expected.view(np.uint16))
 
 
-def test_a_sample_is_the_best_of_its_passes() -> None:
+class Paced:
+    """Memory of a kernel that takes as long as it is told."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.buffers = bound.allocate([4096] * 4)
+        self.elements, self.nbytes = 1024, 4096
+        self._seconds = itertools.cycle(seconds)
+
+    def merge(self, isa: str, threads: int) -> float:
+        return next(self._seconds)
+
+
+def test_a_sample_is_the_best_of_as_many_passes_as_the_bound_has(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import kernels
 
-    assert kernels.best_of_each([1.0, 5.0, 2.0, 7.0, 3.0, 4.0], 3) == (5.0, 7.0)
+    limits = itertools.cycle((1e6, 5e6, 2e6, 3e6))
+    monkeypatch.setattr(bound, "run", lambda variant, buffers, threads: next(limits))
+    monkeypatch.setattr(bound, "variants", lambda: {"a": 0, "b": 1})
+    monkeypatch.setattr(kernels.counters, "why_not", lambda: "not here")
+    made = kernels.Measurement("avx2", 1)
+    made.loops = ("a", "b")
+    made.take(Paced(9.0, 4.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0), rounds=1)
+    assert made.limits == [5e6]
+    assert made.rates == [4096 / 1.0], "the first pass does not count"
+    made.take(Paced(0.5, 4.0, 2.0, 8.0, 4.0), rounds=1)
+    assert made.rates[1:] == [4096 / 2.0], "the first pass does not count"
+
+
+def test_sweeps_spread_the_samples_of_each_case_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import kernels
+
+    order: list[str] = []
+    monkeypatch.setattr(kernels.Measurement, "take", lambda self, bench, rounds: order.append(f"{self.isa}{bench}"))
+    first, second = kernels.Measurement("a", 1), kernels.Measurement("b", 1)
+    benches = itertools.count()
+    makers = [(lambda: next(benches), [first]), (lambda: next(benches), [second])]
+    kernels.sweep(makers, sweeps=2, rounds=1, keep=True)
+    assert order == ["a0", "b1", "a0", "b1"]
+    kernels.sweep(makers, sweeps=2, rounds=1, keep=False)
+    assert order[4:] == ["a2", "b3", "a4", "b5"]
 
 
 @pytest.mark.parametrize(("theirs", "code"), [(1.0, 0), (1 + 2**-6, 1)], ids=["explained", "unexplained"])
