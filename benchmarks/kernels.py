@@ -2,8 +2,7 @@
 
 Passes of the kernel alternate with passes of the best few roofline loops over the same memory, so that both see the
 same machine. A sample is the best of as many passes for the roofline (some of each loop) as for the kernel, so
-that neither has more chances. All cases are gone through again and again, so that the samples of
-each are spread over the whole run and show its moods. Buffers lie beyond the last-level cache unless a size is given.
+that neither has more chances. Buffers lie beyond the last-level cache unless a size is given.
 
 ``quick`` measures one thread in passes of a fraction of a millisecond, the best of several: they slip through between
 what others run. Instructions, where the machine counts them, are those of one thread.
@@ -12,12 +11,13 @@ what others run. Instructions, where the machine counts them, are those of one t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks import bound, counters
 from benchmarks.machine import threads_allowed
@@ -27,10 +27,8 @@ from paramdelta.backends import Operand, Term, cpu
 from paramdelta.dtypes import DType
 
 STREAM_BYTES = 256 << 20  # of the output: 1 GiB in all for one dtype, many times any last-level cache
-QUICK_STREAM_BYTES = 16 << 20  # the memory of all cases is held at once
+QUICK_STREAM_BYTES = 16 << 20
 QUICK_PIECES = 4  # a pass takes one of them: short enough to slip through between what others run
-SWEEPS, ROUNDS = 4, 3  # through all cases, and samples of each case in a sweep
-QUICK_SWEEPS, QUICK_ROUNDS = 11, 1
 PASSES = 2  # of each loop of the roofline in a sample, and as many of the kernel
 CHOSEN = "chosen"  # stands for the instruction set that the library takes by itself
 POOL_ELEMENTS = 1 << 20
@@ -133,14 +131,18 @@ class Bench:
 
 def _fill(stream: bound.Bytes, dtype: DType, *, moved: bool, seed: int) -> None:
     """Fill a stream with N(0, 0.02²), the same for all inputs; ``moved`` adds N(0, 0.001²) from a seed of its own."""
-    values = np.random.default_rng(0).standard_normal(POOL_ELEMENTS, dtype=np.float32) * np.float32(0.02)
+    values = _normal(0) * np.float32(0.02)
     if moved:
-        move = np.random.default_rng(seed + 1).standard_normal(POOL_ELEMENTS, dtype=np.float32)
-        values = values + move * np.float32(1e-3)
+        values = values + _normal(seed + 1) * np.float32(1e-3)
     pool = values.astype(dtype.to_numpy()).view(np.uint8)
     for start in range(0, stream.size, pool.size):
         piece = stream[start : start + pool.size]
         piece[:] = pool[: piece.size]
+
+
+@cache
+def _normal(seed: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(POOL_ELEMENTS, dtype=np.float32)
 
 
 class Memory(Protocol):
@@ -219,7 +221,7 @@ class Measurement:
 
 
 def measure(bench: Bench, isa: str, threads: int, rounds: int) -> Record:
-    """Take ``rounds`` samples of one case in one go and return the record."""
+    """Take ``rounds`` samples of one case and return the record."""
     made = Measurement(isa, threads)
     made.take(bench, rounds)
     return record_of(bench.case, made)
@@ -230,35 +232,12 @@ def record_of(case: Case, made: Measurement) -> Record:
     return made.record(case.name, dtypes=[d.name for d in case.streams], alpha=case.alpha)
 
 
-def sweep(
-    makers: Sequence[tuple[Callable[[], Memory], Sequence[Measurement]]], *, sweeps: int, rounds: int, keep: bool
-) -> None:
-    """Go through all measurements ``sweeps`` times, ``rounds`` samples at a visit.
-
-    Each maker gives the memory of its measurements. ``keep`` holds all memory at once; otherwise one bench is held at
-    a time and made anew in every sweep.
-    """
-    kept: dict[int, Memory] = {}
-    for _ in range(sweeps):
-        for i, (make, measurements) in enumerate(makers):
-            bench = kept.pop(i) if i in kept else make()
-            for measurement in measurements:
-                measurement.take(bench, rounds)
-            if keep:
-                kept[i] = bench
-            del bench  # frees the slab before the next is made
-
-
-def run(*, quick: bool, sweeps: int | None = None, rounds: int | None = None, size: int | None = None) -> list[Record]:
-    """Measure all of ``plan`` and return the records, with streams of ``size`` bytes."""
+def run(*, quick: bool, rounds: int, size: int | None = None) -> Iterator[Record]:
+    """Measure all of ``plan`` and yield records as they are made. One case's memory is held at a time."""
     nbytes = size or (QUICK_STREAM_BYTES if quick else STREAM_BYTES)
-    planned: dict[Case, list[Measurement]] = {}
+    bench: Bench | None = None
     for case, isa, threads in plan(quick=quick):
-        planned.setdefault(case, []).append(Measurement(isa, threads))
-    sweep(
-        [(partial(Bench, case, nbytes, QUICK_PIECES if quick else 1), made) for case, made in planned.items()],
-        sweeps=sweeps or (QUICK_SWEEPS if quick else SWEEPS),
-        rounds=rounds or (QUICK_ROUNDS if quick else ROUNDS),
-        keep=quick,
-    )
-    return [record_of(case, made) for case, group in planned.items() for made in group]
+        if bench is None or bench.case is not case:
+            bench = None  # frees the slab before the next is made
+            bench = Bench(case, nbytes, QUICK_PIECES if quick else 1)
+        yield measure(bench, isa, threads, rounds)

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from paramdelta.formats import CODEC_BITS, CODECS, RULES, Format
 
 ROWS, COLS = 16384, 16384  # 256 MiB of fp8 codes a stream
 QUICK_ROWS = 256
-POOL_ROWS = 256
+POOL_ROWS = 128
 TORCH_SCRIPT = whole.TORCH_SCRIPT.with_name("torch_fp8.py")
 
 
@@ -133,26 +132,21 @@ class Bench:
         return time.perf_counter() - start
 
 
-def run(*, quick: bool, sweeps: int | None = None, rounds: int | None = None, rows: int | None = None) -> list[Record]:
+def run(*, quick: bool, rounds: int, rows: int | None = None) -> Iterator[Record]:
     """Measure the kernels: every case with the best instruction set on all threads, fp8 blocks with every one.
 
     ``quick`` keeps the first case, the chosen instruction set, and one thread.
     """
     isas = cpu.capabilities().variants
-    planned: dict[Case, list[kernels.Measurement]] = {}
     for case in CASES[:1] if quick else CASES:
+        bench = Bench(case, rows or (QUICK_ROWS if quick else ROWS))
         full = case is CASES[0] and not quick
         for isa in (kernels.CHOSEN,) if quick else (kernels.CHOSEN, *reversed(isas)) if full else isas[-1:]:
             for threads in sorted({1, threads_allowed()}) if full else (1,) if quick else (threads_allowed(),):
-                planned.setdefault(case, []).append(kernels.Measurement(isa, threads))
-    size = rows or (QUICK_ROWS if quick else ROWS)
-    kernels.sweep(
-        [(partial(Bench, case, size), made) for case, made in planned.items()],
-        sweeps=sweeps or (kernels.QUICK_SWEEPS if quick else kernels.SWEEPS),
-        rounds=rounds or (kernels.QUICK_ROUNDS if quick else kernels.ROUNDS),
-        keep=quick,
-    )
-    return [record_of(case, made) for case, group in planned.items() for made in group]
+                made = kernels.Measurement(isa, threads)
+                made.take(bench, rounds)
+                yield record_of(case, made)
+        del bench
 
 
 def record_of(case: Case, made: kernels.Measurement) -> Record:
@@ -239,6 +233,6 @@ def _renamed(contender: whole.Contender, name: str) -> whole.Contender:
 
 
 if __name__ == "__main__":
-    for record in run(quick="--quick" in sys.argv):
+    for record in run(quick="--quick" in sys.argv, rounds=7):
         rate = record.metrics["elements"].median / 1e9
         print(f"{record.case}: {rate:.2f} G elements/s, {record.ratios['of_bound']:.3f} of the bound")

@@ -123,11 +123,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def records_of(content: dict[str, Any]) -> list[Record]:
     """Return the records of a checked result."""
-    made = []
-    for raw in content["records"]:
-        metrics = {name: Metric(m["unit"], tuple(m["samples"])) for name, m in raw["metrics"].items()}
-        made.append(Record(**{**raw, "metrics": metrics}))
-    return made
+    return [record_of(raw) for raw in content["records"]]
+
+
+def record_of(raw: dict[str, Any]) -> Record:
+    """Return one record from its JSON object."""
+    metrics = {name: Metric(m["unit"], tuple(m["samples"])) for name, m in raw["metrics"].items()}
+    return Record(**{**raw, "metrics": metrics})
 
 
 def check(content: Any) -> None:

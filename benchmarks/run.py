@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bound, kernels, machine, quantised, report, results, whole
+from benchmarks import bound, machine, pooled, quantised, report, results, whole
 from benchmarks.results import Record
 
 RESULTS = Path(__file__).with_name("results")
@@ -42,9 +42,7 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[Record]:
             yield Record("kernels", "all", results.OURS, {}, skipped=reason)
         else:
             log("kernels")
-            yield from kernels.run(quick=options.quick)
-            log("kernels of quantised formats")
-            yield from quantised.run(quick=options.quick)
+            yield from pooled.run(quick=options.quick)
     places = whole.default_places(options.disk)
     if options.place != "both":
         places = tuple(p for p in places if (p == whole.TMPFS) == (options.place == "tmpfs"))

@@ -16,7 +16,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("benchmarks are part of the source tree only", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: an installed paramdelta comes before the one of the source tree
 
-from benchmarks import bound, data, machine, process, report, results, whole  # noqa: E402
+from benchmarks import bound, data, machine, pooled, process, report, results, whole  # noqa: E402
 from benchmarks.peers import compare_mergekit, mergekit  # noqa: E402
 from benchmarks.results import Metric, Record  # noqa: E402
 
@@ -287,18 +287,16 @@ def test_a_sample_is_the_best_of_as_many_passes_as_the_bound_has(monkeypatch: py
     assert made.rates[1:] == [4096 / 2.0], "the first pass does not count"
 
 
-def test_sweeps_spread_the_samples_of_each_case_over_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import kernels
+def test_samples_of_several_processes_are_pooled_by_case() -> None:
+    def taken(*rates: float) -> Record:
+        bandwidth, bound_rate = Metric("B/s", rates), Metric("B/s", (10.0,) * len(rates))
+        told = {"bound_loops": ["a" if rates[0] > 4 else "b"]}
+        return Record("kernels", "case", results.OURS, told, {"bandwidth": bandwidth, "bound": bound_rate}, {})
 
-    order: list[str] = []
-    monkeypatch.setattr(kernels.Measurement, "take", lambda self, bench, rounds: order.append(f"{self.isa}{bench}"))
-    first, second = kernels.Measurement("a", 1), kernels.Measurement("b", 1)
-    benches = itertools.count()
-    makers = [(lambda: next(benches), [first]), (lambda: next(benches), [second])]
-    kernels.sweep(makers, sweeps=2, rounds=1, keep=True)
-    assert order == ["a0", "b1", "a0", "b1"]
-    kernels.sweep(makers, sweeps=2, rounds=1, keep=False)
-    assert order[4:] == ["a2", "b3", "a4", "b5"]
+    [record] = pooled.pool([[taken(5.0, 6.0)], [taken(1.0, 7.0)], [taken(8.0, 9.0)]])
+    assert record.metrics["bandwidth"].samples == (5.0, 6.0, 1.0, 7.0, 8.0, 9.0)
+    assert record.ratios == {"of_bound": 0.65, "of_bound_best": 0.9}
+    assert record.parameters == {"bound_loops": ["a", "b"], "processes": 3}
 
 
 @pytest.mark.parametrize(("theirs", "code"), [(1.0, 0), (1 + 2**-6, 1)], ids=["explained", "unexplained"])
