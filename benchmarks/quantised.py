@@ -188,7 +188,7 @@ def merges(
                         torch_fp8(folders, out, threads),
                     ],
                     out,
-                    rounds=3 if quick else 7 if in_memory else 5,
+                    rounds=7 if in_memory and not quick else 5,
                     parameters={
                         "size": size,
                         "output_bytes": folders.nbytes,

@@ -17,7 +17,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("benchmarks are part of the source tree only", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: an installed paramdelta comes before the one of the source tree
 
-from benchmarks import compare, counters, data, differences, process, results, whole  # noqa: E402
+from benchmarks import compare, counters, data, differences, process, results, steadiness, whole  # noqa: E402
 from benchmarks.results import OURS, Metric, Record  # noqa: E402
 
 MACHINE = {"cpu": "A", "architecture": "x86_64", "threads_allowed": 2, "isa_flags": ["avx2"], "kernel": "6.1"}
@@ -275,3 +275,11 @@ def test_a_process_tells_what_it_moved() -> None:
         assert usage.read >= 5_000_000
         assert usage.read_calls is not None
         assert 5000 <= usage.read_calls < 6000
+
+
+def test_steadiness_tells_the_pairs_that_pass() -> None:
+    old, same, slow = (result(kernel(value, seed=i)) for i, value in enumerate((0.9, 0.9, 0.5)))
+    told = steadiness.summarise([differences.compare(old, same), differences.compare(same, slow)])
+    assert "pair 1: 1 numbers, 0 lost, 0 gained" in told
+    assert "pair 2: 1 numbers, 1 lost, 0 gained" in told
+    assert told.endswith("1 of 2 pairs pass")
