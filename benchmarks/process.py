@@ -1,7 +1,7 @@
 """Runs a command to its end and says what it took: time, peak resident memory, and counts that do not depend on how
 busy the machine is: bytes and calls of input and output, page faults, instructions.
 
-The command is started by a small process that runs ``launch``, whose 17 megabytes are the floor of what it can see
+The command is started by a small process that runs ``launch``, whose 15 megabytes are the floor of what it can see
 as peak memory: a child inherits the peak of the process that forked it, and the benchmark's own is large.
 """
 
