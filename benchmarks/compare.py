@@ -25,13 +25,14 @@ COLUMNS = ("case", "number", "old", "new", "change", "noise", "noise is of")
 
 
 def document(comparison: Comparison) -> dict[str, Any]:
-    """Return the comparison as a JSON object; changes that are infinite are null."""
+    """Return the comparison as a JSON object; shares of an old value of zero are null."""
     changes = []
     for change in comparison.changes:
         group, case, contender = change.key
-        share = change.change if math.isfinite(change.change) else None
-        rest = {name: value for name, value in asdict(change).items() if name != "key"}
-        changes.append({"group": group, "case": case, "contender": contender, **rest, "change": share})
+        values = asdict(change) | {"change": change.change}
+        del values["key"]
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        changes.append({"group": group, "case": case, "contender": contender, **finite})
     return {
         "comparable": comparison.reason is None,
         "reason": comparison.reason,
@@ -44,10 +45,13 @@ def document(comparison: Comparison) -> dict[str, Any]:
 
 def row(change: Change) -> tuple[str, ...]:
     """Return the row of ``COLUMNS`` of one change."""
-    share = f"{change.change:+.1%}" if math.isfinite(change.change) else "from nothing"
     source = "samples" if change.from_samples >= change.floor else "floor"
     values = (_value(change, change.old), _value(change, change.new))
-    return (told(change.key), change.number, *values, share, f"{change.noise:.1%}", source)
+    return (told(change.key), change.number, *values, _share(change.change, "+"), _share(change.noise), source)
+
+
+def _share(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.1%}" if math.isfinite(value) else "of nothing"
 
 
 def _value(change: Change, value: float) -> str:
@@ -104,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))  # exits with 2
     comparison = differences.compare(old, new, other_machine=options.allow_other_machine)
     if options.json:
-        print(json.dumps(document(comparison), indent=1, ensure_ascii=False))
+        print(json.dumps(document(comparison), indent=1, ensure_ascii=False, allow_nan=False))
     else:
         console = Console()
         show(comparison, console if console.is_terminal else Console(width=160), every=options.all)

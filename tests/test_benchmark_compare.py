@@ -126,7 +126,10 @@ def test_something_from_nothing_is_a_loss_beyond_the_grain(verdict: Any) -> None
     assert verdict(old, result(merge(storage_read=4096)))[0] == 0
     code, told = verdict(old, result(merge(storage_read=1e9)))
     assert (code, losses(told)) == (1, {"storage_read"})
-    assert next(c["change"] for c in told["changes"] if c["number"] == "storage_read") is None
+    [change] = [c for c in told["changes"] if c["number"] == "storage_read"]
+    assert (change["change"], change["noise"], change["new"]) == (None, None, 1e9)
+    comparison = differences.compare(old, result(merge(storage_read=1e9)))
+    assert [compare.row(c)[4:6] for c in comparison.with_verdict("loss")] == [("of nothing", "of nothing")]
 
 
 def test_noise_is_what_the_samples_show() -> None:
@@ -233,11 +236,13 @@ def test_a_real_merge_that_reads_twice_is_a_loss(tmp_path: Path, verdict: Any) -
         files.append(result(*records))
     if "read" not in files[0]["records"][0]["metrics"]:
         pytest.skip("this kernel does not tell what a process read")
-    code, told = verdict(files[0], files[1])
-    assert (code, losses(told)) == (0, set())
+    same = {c["number"]: c for c in verdict(files[0], files[1])[1]["changes"]}
+    assert {same[number]["verdict"] for number in ("read", "written", "read_calls", "write_calls")} == {"same"}
     code, told = verdict(files[0], files[2])
     assert code == 1
     assert "read" in losses(told)
+    [read] = [c for c in told["changes"] if c["number"] == "read"]
+    assert read["change"] > 0.5, "five inputs instead of three, and what starting takes"
 
 
 def test_counts_reach_threads_and_children() -> None:
