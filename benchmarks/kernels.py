@@ -29,7 +29,7 @@ from paramdelta.dtypes import DType
 STREAM_BYTES = 256 << 20  # of the output: 1 GiB in all for one dtype, many times any last-level cache
 QUICK_STREAM_BYTES = 16 << 20
 QUICK_PIECES = 4  # a pass takes one of them: short enough to slip through between what others run
-PASSES = 2  # of each loop of the roofline in a sample, and as many of the kernel
+PASSES, QUICK_PASSES = 1, 3  # of each loop of the roofline in a sample, and as many of the kernel
 CHOSEN = "chosen"  # stands for the instruction set that the library takes by itself
 POOL_ELEMENTS = 1 << 20
 
@@ -170,7 +170,7 @@ class Measurement:
         self.instructions: list[float] = []
         self.elements = 0
 
-    def take(self, bench: Memory, rounds: int) -> None:
+    def take(self, bench: Memory, rounds: int, passes: int = PASSES) -> None:
         """Take ``rounds`` samples in alternating passes, after one pass that does not count."""
         self.elements = bench.elements
         roofline = bound.Bound(bench.buffers, self.threads, self.loops)
@@ -180,7 +180,7 @@ class Measurement:
         bench.merge(self.isa, self.threads)
         for _ in range(rounds):
             limits, rates = [], []
-            for _ in range(PASSES * len(self.loops)):
+            for _ in range(passes * len(self.loops)):
                 roofline.buffers = bench.buffers
                 limits.append(roofline.next_pass())
                 rates.append(bench.nbytes / bench.merge(self.isa, self.threads))
@@ -220,10 +220,10 @@ class Measurement:
         )
 
 
-def measure(bench: Bench, isa: str, threads: int, rounds: int) -> Record:
+def measure(bench: Bench, isa: str, threads: int, rounds: int, passes: int = PASSES) -> Record:
     """Take ``rounds`` samples of one case and return the record."""
     made = Measurement(isa, threads)
-    made.take(bench, rounds)
+    made.take(bench, rounds, passes)
     return record_of(bench.case, made)
 
 
@@ -240,4 +240,4 @@ def run(*, quick: bool, rounds: int, size: int | None = None) -> Iterator[Record
         if bench is None or bench.case is not case:
             bench = None  # frees the slab before the next is made
             bench = Bench(case, nbytes, QUICK_PIECES if quick else 1)
-        yield measure(bench, isa, threads, rounds)
+        yield measure(bench, isa, threads, rounds, QUICK_PASSES if quick else PASSES)

@@ -18,7 +18,7 @@ from benchmarks import kernels, quantised, results
 from benchmarks.machine import ROOT
 from benchmarks.results import Metric, Record, bound_ratios
 
-PROCESSES, ROUNDS = 5, 3  # samples of each case in each process
+PROCESSES, ROUNDS = 5, 2  # samples of each case in each process
 QUICK_PROCESSES, QUICK_ROUNDS = 11, 1
 
 

@@ -144,7 +144,7 @@ def run(*, quick: bool, rounds: int, rows: int | None = None) -> Iterator[Record
         for isa in (kernels.CHOSEN,) if quick else (kernels.CHOSEN, *reversed(isas)) if full else isas[-1:]:
             for threads in sorted({1, threads_allowed()}) if full else (1,) if quick else (threads_allowed(),):
                 made = kernels.Measurement(isa, threads)
-                made.take(bench, rounds)
+                made.take(bench, rounds, kernels.QUICK_PASSES if quick else kernels.PASSES)
                 yield record_of(case, made)
         del bench
 

@@ -280,10 +280,10 @@ def test_a_sample_is_the_best_of_as_many_passes_as_the_bound_has(monkeypatch: py
     monkeypatch.setattr(kernels.counters, "why_not", lambda: "not here")
     made = kernels.Measurement("avx2", 1)
     made.loops = ("a", "b")
-    made.take(Paced(9.0, 4.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0), rounds=1)
+    made.take(Paced(9.0, 4.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0), rounds=1, passes=2)
     assert made.limits == [5e6]
     assert made.rates == [4096 / 1.0], "the first pass does not count"
-    made.take(Paced(0.5, 4.0, 2.0, 8.0, 4.0), rounds=1)
+    made.take(Paced(0.5, 4.0, 2.0, 8.0, 4.0), rounds=1, passes=2)
     assert made.rates[1:] == [4096 / 2.0], "the first pass does not count"
 
 
