@@ -21,6 +21,12 @@ from benchmarks import differences, results
 from benchmarks.differences import Change, Comparison, told
 
 NO_LOSS, LOSS, NOT_COMPARABLE = 0, 1, 2
+VERDICTS = (
+    ("loss", "losses", "red"),
+    ("gain", "gains", "green"),
+    ("unsure", "unsure, the machine was busy", "yellow"),
+    ("same", "within noise", ""),
+)
 COLUMNS = ("case", "number", "old", "new", "change", "noise", "noise is of")
 
 
@@ -60,7 +66,7 @@ def _value(change: Change, value: float) -> str:
 
 def show(comparison: Comparison, console: Console, *, every: bool = False) -> None:
     """Print losses and gains (or every number), then what could not be compared."""
-    for verdict, title, style in (("loss", "losses", "red"), ("gain", "gains", "green"), ("same", "within noise", "")):
+    for verdict, title, style in VERDICTS:
         changes = comparison.with_verdict(verdict)
         if changes and (every or verdict != "same"):
             _print_table(f"{title}: {len(changes)}", [row(change) for change in changes], style, console)

@@ -8,7 +8,9 @@ faults, peak memory, instructions); never seconds. A number is the median of its
   this range holds the median in 98.8 of 100 cases, and a machine with two moods shows both of them in it; and
 - the floor of its kind, which also holds where the samples agree to the last bit.
 
-A change for the worse beyond the noise is a loss, one for the better a gain.
+A change for the worse beyond the noise is a loss, one for the better a gain. On a busy machine a short process loses
+less of its time than a long one, and one thread less than two: what depends on that is then unsure, whatever the
+samples say.
 """
 
 from __future__ import annotations
@@ -66,10 +68,12 @@ COUNTERS = {
 
 @dataclass(frozen=True)
 class Number:
-    """One compared number of one record: its samples in the order in which they were taken."""
+    """One compared number of one record: its samples in the order in which they were taken, and whether it needs a
+    machine to itself."""
 
     kind: Kind
     samples: tuple[float, ...]
+    needs_quiet: bool = False
 
     @property
     def value(self) -> float:
@@ -86,7 +90,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Change:
-    """One number in both files. ``noise`` is a share of the old value; ``verdict`` is loss, gain or same."""
+    """One number in both files. ``noise`` is a share of the old value; ``verdict`` is loss, gain, same or unsure."""
 
     key: Key
     number: str
@@ -139,12 +143,15 @@ def numbers_of(record: Record, peers: Sequence[Record]) -> dict[str, Number]:
     metrics = record.metrics
     found = {}
     if "bound" in metrics:
-        found["of_bound"] = Number(FRACTION, _quotients(metrics["bandwidth"], metrics["bound"]))
+        shares = _quotients(metrics["bandwidth"], metrics["bound"])
+        found["of_bound"] = Number(FRACTION, shares, record.parameters.get("threads", 1) > 1)
     for peer in peers:
         for label, parts in (("time", ("wall",)), ("processor time", ("user", "sys"))):
             ours, theirs = _sum(metrics, parts), _sum(peer.metrics, parts)
             if ours and theirs and min(ours.samples) > 0:
-                found[f"{label} of {peer.contender} over ours"] = Number(FRACTION, _quotients(theirs, ours))
+                found[f"{label} of {peer.contender} over ours"] = Number(
+                    FRACTION, _quotients(theirs, ours), label == "time"
+                )
     for name, kind in COUNTERS.items():
         if name in metrics:
             found[name] = Number(kind, metrics[name].samples)
@@ -162,8 +169,8 @@ def _quotients(above: Metric, below: Metric) -> tuple[float, ...]:
     return tuple(a / b for a, b in zip(above.samples, below.samples, strict=False))
 
 
-def judge(key: Key, name: str, old: Number, new: Number) -> Change:
-    """Return what became of one number."""
+def judge(key: Key, name: str, old: Number, new: Number, *, busy: bool = False) -> Change:
+    """Return what became of one number; ``busy``: at least one file was taken on a busy machine."""
     kind = old.kind
     before, after = old.value, new.value
     fallen = (before - old.low) + (new.high - after)
@@ -173,6 +180,8 @@ def judge(key: Key, name: str, old: Number, new: Number) -> Change:
     reach = max(floor, from_samples)
     better = after - before if kind.more_is_better else before - after
     verdict = "loss" if better < -reach else "gain" if better > reach else "same"
+    if busy and old.needs_quiet and verdict != "same":
+        verdict = "unsure"
     share = (lambda x: x / before) if before else (lambda _: math.inf)
     return Change(key, name, kind.name, before, after, share(reach), share(from_samples), share(floor), verdict)
 
@@ -188,6 +197,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, other_machine: bool = F
     if apart and not other_machine:
         return Comparison((), (), (), (), notes, "another machine: " + "; ".join(apart))
     before, after = _measured(old), _measured(new)
+    busy = any(map(_is_busy, (old, new)))
     changes: list[Change] = []
     unlike = []
     for key in before.keys() & after.keys():
@@ -196,7 +206,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, other_machine: bool = F
             unlike.append(f"{told(key)}: {different}")
             continue
         first, second = numbers_of(*before[key]), numbers_of(*after[key])
-        changes += [judge(key, name, number, second[name]) for name, number in first.items() if name in second]
+        changes += [judge(key, name, first[name], second[name], busy=busy) for name in first if name in second]
     reason = None
     if not changes:
         reason = "no record of ours is in both files" if not unlike else "no case did the same work in both files"
@@ -252,7 +262,13 @@ def _notes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             before, after = old[part].get(key), new[part].get(key)
             if before != after and before is not None and after is not None:
                 yield f"{key}: {before} in OLD, {after} in NEW"
-    for name, machine in (("OLD", old["machine"]), ("NEW", new["machine"])):
-        load, cores = machine.get("load_at_start", 0), machine.get("threads_allowed") or 1
-        if load > BUSY * cores:
-            yield f"{name} was taken on a busy machine (load {load:.1f} on {cores} cores)"
+    for name, content in (("OLD", old), ("NEW", new)):
+        if _is_busy(content):
+            machine = content["machine"]
+            told_load = f"load {machine['load_at_start']:.1f} on {machine['threads_allowed']} cores"
+            yield f"{name} was taken on a busy machine ({told_load})"
+
+
+def _is_busy(content: dict[str, Any]) -> bool:
+    machine = content["machine"]
+    return bool(machine.get("load_at_start", 0) > BUSY * (machine.get("threads_allowed") or 1))

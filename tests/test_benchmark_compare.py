@@ -34,9 +34,7 @@ def kernel(of_bound: float = 0.9, *, mood: float = 1.0, seed: int = 0, isa: str 
     bound = noisy(mood * 40e9, 0.3, seed)
     rates = [b * f for b, f in zip(bound, noisy(of_bound, 0.03, seed + 1), strict=True)]
     metrics = {"bandwidth": Metric("B/s", tuple(rates)), "bound": Metric("B/s", bound)}
-    return Record(
-        "kernels", "bf16, chosen, 2 threads", OURS, {"threads": 2, "elements": 9, "isa": isa, **more}, metrics
-    )
+    return Record("kernels", "bf16, chosen, 2 threads", OURS, {"threads": 2, "elements": 9, "isa": isa} | more, metrics)
 
 
 def merge(contender: str = OURS, wall: float = 1.0, *, mood: float = 1.0, seed: int = 0, **counts: float) -> Record:
@@ -95,6 +93,19 @@ def test_a_slower_merge_is_a_loss_against_the_peer_of_its_own_run(verdict: Any) 
     old = result(merge(OURS, 1.0), merge("cp", 1.2))
     code, told = verdict(old, result(merge(OURS, 1.3, seed=9), merge("cp", 1.2, seed=4)))
     assert (code, losses(told)) == (1, {"time of cp over ours"})
+
+
+def test_on_a_busy_machine_the_clock_is_unsure_and_counters_are_not(verdict: Any) -> None:
+    old = result(merge(), merge("cp", 1.2), kernel(0.9))
+    slow = (merge(OURS, 1.5), merge("cp", 1.2), kernel(0.5))
+    assert verdict(old, result(*slow, load_at_start=1.4))[0] == 1
+    code, told = verdict(old, result(*slow, load_at_start=1.6))
+    unsure = {(c["group"], c["number"]) for c in told["changes"] if c["verdict"] == "unsure"}
+    assert (code, unsure) == (0, {("merges", "time of cp over ours"), ("kernels", "of_bound")})
+    assert "NEW was taken on a busy machine (load 1.6 on 2 cores)" in told["notes"]
+    assert verdict(old, result(merge(read=6e9), load_at_start=1.6))[0] == 1
+    one_thread = (kernel(value, threads=1) for value in (0.9, 0.5))
+    assert verdict(*(result(record, load_at_start=1.6) for record in one_thread))[0] == 1
 
 
 @pytest.mark.parametrize(
