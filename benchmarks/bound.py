@@ -59,6 +59,12 @@ def allocate(sizes: Sequence[int], *, stagger: int = STAGGER, shift: int = 0) ->
     return Buffers(tuple(streams[:-1]), streams[-1], slab)
 
 
+def piece(buffers: Buffers, sizes: Sequence[int], i: int) -> Buffers:
+    """Return the ``i``-th part of all streams, ``sizes`` bytes of each."""
+    parts = [s[i * size : (i + 1) * size] for s, size in zip((*buffers.inputs, buffers.out), sizes, strict=True)]
+    return Buffers(tuple(parts[:-1]), parts[-1], buffers.slab)
+
+
 def compiler() -> str | None:
     """Return the C++ compiler: what CXX names, or g++, c++ or clang++, whichever is found first."""
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):

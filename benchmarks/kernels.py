@@ -1,8 +1,11 @@
 """Bandwidth of the CPU kernels per dtype, lane, instruction set and number of threads, as a share of the roofline.
 
 Passes of the kernel alternate with passes of the best few roofline loops over the same memory, so that both see the
-same machine. A sample is the best of as many passes as there are such loops, for the roofline (one of each) and for
-the kernel alike, so that neither has more chances. Buffers lie beyond the last-level cache unless a size is given.
+same machine. A sample is the best of as many passes for the roofline (some of each loop) as for the kernel, so
+that neither has more chances. Buffers lie beyond the last-level cache unless a size is given.
+
+``quick`` measures one thread in passes of a fraction of a millisecond, the best of several: they slip through between
+what others run. Instructions, where the machine counts them, are those of one thread.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from benchmarks import bound
+from benchmarks import bound, counters
 from benchmarks.machine import threads_allowed
 from benchmarks.results import OURS, Metric, Record, bound_ratios
 from paramdelta import dtypes
@@ -22,7 +27,10 @@ from paramdelta.backends import Operand, Term, cpu
 from paramdelta.dtypes import DType
 
 STREAM_BYTES = 256 << 20  # of the output: 1 GiB in all for one dtype, many times any last-level cache
-QUICK_STREAM_BYTES = 64 << 20
+QUICK_STREAM_BYTES = 16 << 20
+QUICK_PIECES = 4  # a pass takes one of them: short enough to slip through between what others run
+PASSES, QUICK_PASSES = 1, 3  # of each loop of the roofline in a sample, and as many of the kernel
+CHOSEN = "chosen"  # stands for the instruction set that the library takes by itself
 POOL_ELEMENTS = 1 << 20
 
 
@@ -72,108 +80,164 @@ OTHERS = (
 def plan(*, quick: bool = False) -> Iterator[tuple[Case, str, int]]:
     """Yield what to measure: case, instruction set, threads.
 
-    bf16 in both lanes with every instruction set on one thread and on all; every other case with the vector sets on
-    all threads. ``quick`` keeps the best instruction set and all threads.
+    bf16 in both lanes with every instruction set, and the chosen one, on one thread and on all; every other case with
+    the vector sets on all threads. ``quick`` keeps the chosen instruction set and one thread.
     """
     isas = cpu.capabilities().variants
     everywhere = threads_allowed()
     for case in (*FUSED, *GENERAL, *OTHERS):
         full = case in (FUSED[0], GENERAL[0])
-        for isa in reversed(isas):
-            if (quick and isa != isas[-1]) or (isa == "scalar" and not full and len(isas) > 1):
-                continue
-            for threads in sorted({1, everywhere}) if full and not quick else (everywhere,):
+        named = [isa for isa in reversed(isas) if full or isa != "scalar" or len(isas) == 1]
+        for isa in (CHOSEN,) if quick else (CHOSEN, *named) if full else named:
+            for threads in (1,) if quick else sorted({1, everywhere}) if full else (everywhere,):
                 yield case, isa, threads
 
 
 class Bench:
     """One case with its memory: weight-like values in every input, ready to be merged again and again."""
 
-    def __init__(self, case: Case, stream_bytes: int) -> None:
+    def __init__(self, case: Case, stream_bytes: int, pieces: int = 1) -> None:
         self.case = case
-        self.elements = stream_bytes // case.out.itemsize
+        self.elements = stream_bytes // case.out.itemsize // pieces
         sizes = [self.elements * d.itemsize for d in case.streams]
-        self.buffers = bound.allocate(sizes, stagger=case.stagger, shift=case.shift)
-        for i, (stream, dtype) in enumerate(zip(self.buffers.inputs, case.streams[:-1], strict=True)):
+        whole = bound.allocate([size * pieces for size in sizes], stagger=case.stagger, shift=case.shift)
+        for i, (stream, dtype) in enumerate(zip(whole.inputs, case.streams[:-1], strict=True)):
             _fill(stream, dtype, moved=i % 2 == 0, seed=i)
+        self.pieces = [bound.piece(whole, sizes, i) for i in range(pieces)]
+        self._next = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes read and written by one merge."""
         return self.elements * self.case.bytes_per_element
 
+    @property
+    def buffers(self) -> bound.Buffers:
+        """The memory of the next pass of the roofline: half a round ahead of the merges."""
+        return self.pieces[(self._next + len(self.pieces) // 2) % len(self.pieces)]
+
     def merge(self, isa: str, threads: int) -> float:
-        """Merge once and return bytes read and written per second."""
-        case, inputs = self.case, self.buffers.inputs
-        # SAFETY: the slab of self.buffers outlives the call.
-        at = [Operand(s.ctypes.data, d) for s, d in zip(inputs, case.streams[:-1], strict=True)]
+        """Merge the next piece and return the seconds that it took."""
+        case, piece = self.case, self.pieces[self._next]
+        self._next = (self._next + 1) % len(self.pieces)
+        # SAFETY: the slab that the piece refers to outlives the call.
+        at = [Operand(s.ctypes.data, d) for s, d in zip(piece.inputs, case.streams[:-1], strict=True)]
         terms = [Term(at[2 * k], at[2 * k + 1], case.alpha) for k in range(case.deltas)]
-        out = Operand(self.buffers.out.ctypes.data, case.out)
+        out = Operand(piece.out.ctypes.data, case.out)
         start = time.perf_counter()
-        cpu.merge(at[-1], terms, out, self.elements, threads=threads, isa=isa)
-        return self.nbytes / (time.perf_counter() - start)
+        cpu.merge(at[-1], terms, out, self.elements, threads=threads, isa=None if isa == CHOSEN else isa)
+        return time.perf_counter() - start
 
 
 def _fill(stream: bound.Bytes, dtype: DType, *, moved: bool, seed: int) -> None:
     """Fill a stream with N(0, 0.02²), the same for all inputs; ``moved`` adds N(0, 0.001²) from a seed of its own."""
-    values = np.random.default_rng(0).standard_normal(POOL_ELEMENTS, dtype=np.float32) * np.float32(0.02)
+    values = _normal(0) * np.float32(0.02)
     if moved:
-        move = np.random.default_rng(seed + 1).standard_normal(POOL_ELEMENTS, dtype=np.float32)
-        values = values + move * np.float32(1e-3)
+        values = values + _normal(seed + 1) * np.float32(1e-3)
     pool = values.astype(dtype.to_numpy()).view(np.uint8)
     for start in range(0, stream.size, pool.size):
         piece = stream[start : start + pool.size]
         piece[:] = pool[: piece.size]
 
 
-def measure(bench: Bench, isa: str, threads: int, rounds: int) -> Record:
-    """Take ``rounds`` samples of roofline and kernel in alternating passes, and return the record."""
-    roofline = bound.Bound(bench.buffers, threads)
-    roofline.choose()
-    bench.merge(isa, threads)
-    limits, rates = [], []
-    for _ in range(rounds * len(roofline.names)):
-        limits.append(roofline.next_pass())
-        rates.append(bench.merge(isa, threads))
-    return make_record(bench, isa, threads, rates, limits, roofline.names)
+@cache
+def _normal(seed: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(POOL_ELEMENTS, dtype=np.float32)
 
 
-def best_of_each(passes: list[float], count: int) -> tuple[float, ...]:
-    """Return the largest of each run of ``count`` passes."""
-    return tuple(max(passes[i : i + count]) for i in range(0, len(passes), count))
+class Memory(Protocol):
+    """What a measurement needs of a bench: kernels here, those of quantised.py there."""
+
+    elements: int
+
+    @property
+    def buffers(self) -> bound.Buffers: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def merge(self, isa: str, threads: int) -> float: ...
 
 
-def make_record(
-    bench: Bench, isa: str, threads: int, rates: list[float], limits: list[float], loops: tuple[str, ...]
-) -> Record:
-    """Return the record of one measurement from passes of the kernel and of the roofline in bytes per second."""
-    bandwidth = Metric("B/s", best_of_each(rates, len(loops)))
-    bound_rate = Metric("B/s", best_of_each(limits, len(loops)))
-    case = bench.case
-    return Record(
-        group="kernels",
-        case=f"{case.name}, {isa}, {threads} thread{'s' if threads > 1 else ''}",
-        contender=OURS,
-        parameters={
-            "merge": case.name,
-            "dtypes": [d.name for d in case.streams],
-            "alpha": case.alpha,
-            "isa": isa,
-            "threads": threads,
-            "elements": bench.elements,
-            "bound_loops": list(loops),
-        },
-        metrics={"bandwidth": bandwidth, "bound": bound_rate},
-        ratios=bound_ratios(bandwidth, bound_rate),
-    )
+class Measurement:
+    """The samples of one kernel and of the roofline beside it, taken round by round."""
+
+    def __init__(self, isa: str, threads: int) -> None:
+        self.isa, self.threads = isa, threads
+        self.loops: tuple[str, ...] = ()
+        self.limits: list[float] = []
+        self.rates: list[float] = []
+        self.instructions: list[float] = []
+        self.elements = 0
+
+    def take(self, bench: Memory, rounds: int, passes: int = PASSES) -> None:
+        """Take ``rounds`` samples in alternating passes, after one pass that does not count."""
+        self.elements = bench.elements
+        roofline = bound.Bound(bench.buffers, self.threads, self.loops)
+        if not self.loops:
+            roofline.choose()
+            self.loops = roofline.names
+        bench.merge(self.isa, self.threads)
+        for _ in range(rounds):
+            limits, rates = [], []
+            for _ in range(passes * len(self.loops)):
+                roofline.buffers = bench.buffers
+                limits.append(roofline.next_pass())
+                rates.append(bench.nbytes / bench.merge(self.isa, self.threads))
+            self.limits.append(max(limits))
+            self.rates.append(max(rates))
+        if counters.why_not() is None:
+            self._count(bench)
+
+    def _count(self, bench: Memory) -> None:
+        counter = counters.Counter()
+        counter.start()
+        bench.merge(self.isa, 1)
+        count = counter.stop()
+        counter.close()
+        self.instructions += [] if count is None else [count / bench.elements]
+
+    def record(self, name: str, **parameters: Any) -> Record:
+        """Return the record of the case ``name``."""
+        bandwidth, limit = Metric("B/s", tuple(self.rates)), Metric("B/s", tuple(self.limits))
+        metrics = {"bandwidth": bandwidth, "bound": limit}
+        if self.instructions:
+            metrics["instructions"] = Metric("1/element", tuple(self.instructions))
+        return Record(
+            group="kernels",
+            case=f"{name}, {self.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}",
+            contender=OURS,
+            parameters={
+                "merge": name,
+                "isa": self.isa,
+                "threads": self.threads,
+                "elements": self.elements,
+                "bound_loops": list(self.loops),
+                **parameters,
+            },
+            metrics=metrics,
+            ratios=bound_ratios(bandwidth, limit),
+        )
 
 
-def run(*, quick: bool, rounds: int | None = None, stream_bytes: int | None = None) -> Iterator[Record]:
+def measure(bench: Bench, isa: str, threads: int, rounds: int, passes: int = PASSES) -> Record:
+    """Take ``rounds`` samples of one case and return the record."""
+    made = Measurement(isa, threads)
+    made.take(bench, rounds, passes)
+    return record_of(bench.case, made)
+
+
+def record_of(case: Case, made: Measurement) -> Record:
+    """Return the record of one case."""
+    return made.record(case.name, dtypes=[d.name for d in case.streams], alpha=case.alpha)
+
+
+def run(*, quick: bool, rounds: int, size: int | None = None) -> Iterator[Record]:
     """Measure all of ``plan`` and yield records as they are made. One case's memory is held at a time."""
-    size = stream_bytes or (QUICK_STREAM_BYTES if quick else STREAM_BYTES)
+    nbytes = size or (QUICK_STREAM_BYTES if quick else STREAM_BYTES)
     bench: Bench | None = None
     for case, isa, threads in plan(quick=quick):
         if bench is None or bench.case is not case:
             bench = None  # frees the slab before the next is made
-            bench = Bench(case, size)
-        yield measure(bench, isa, threads, rounds or (5 if quick else 11))
+            bench = Bench(case, nbytes, QUICK_PIECES if quick else 1)
+        yield measure(bench, isa, threads, rounds, QUICK_PASSES if quick else PASSES)

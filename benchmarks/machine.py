@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bound
+from benchmarks import bound, counters
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("paramdelta", "numpy", "ml_dtypes", "safetensors", "torch", "transformers", "pytest-benchmark")
@@ -74,6 +74,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled"),
         "kernel": platform.release(),
+        "instructions": counters.why_not() or "counted",
         "load_at_start": os.getloadavg()[0],
     }
 

@@ -1,6 +1,7 @@
-"""Runs a command to its end and says what it took: time, peak resident memory, bytes read and written.
+"""Runs a command to its end and says what it took: time, peak resident memory, and counts that do not depend on how
+busy the machine is: bytes and calls of input and output, page faults, instructions.
 
-The command is started by this file run as a script of its own, whose 15 megabytes are the floor of what it can see
+The command is started by a small process that runs ``launch``, whose 15 megabytes are the floor of what it can see
 as peak memory: a child inherits the peak of the process that forked it, and the benchmark's own is large.
 """
 
@@ -15,11 +16,29 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import counters
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = "import sys; sys.path.insert(0, sys.argv[1]); from benchmarks import process; process.launch()"
+# Names here, and in /proc/PID/io.
+IO_FIELDS = {
+    "read": "rchar",
+    "written": "wchar",
+    "read_calls": "syscr",
+    "write_calls": "syscw",
+    "storage_read": "read_bytes",
+    "storage_written": "write_bytes",
+}
+
 
 @dataclass(frozen=True)
 class Usage:
-    """What one run took, in seconds and bytes. Bytes read and written are those of read and write calls (mapped
-    files do not count), None where the kernel does not tell. Children that the command waited for are included."""
+    """What one run took, in seconds, bytes and counts. Children that the command waited for are included.
+
+    ``read`` and ``written`` are the bytes of read and write calls (mapped files do not count), ``read_calls`` and
+    ``write_calls`` how many there were, ``storage_*`` the bytes that storage was asked for; None where the kernel does
+    not tell. ``instructions`` are those of user mode, None where they cannot be counted.
+    """
 
     wall: float
     user: float
@@ -27,6 +46,13 @@ class Usage:
     peak_rss: int
     read: int | None
     written: int | None
+    read_calls: int | None
+    write_calls: int | None
+    storage_read: int | None
+    storage_written: int | None
+    minor_faults: int
+    major_faults: int
+    instructions: int | None
 
 
 class CommandError(Exception):
@@ -36,25 +62,28 @@ class CommandError(Exception):
 def measure(command: list[str], *, env: dict[str, str] | None = None, cwd: Path | None = None) -> Usage:
     """Run ``command`` once, with ``env`` added to this process's environment; raise CommandError if it fails."""
     spec = json.dumps({"command": command, "env": env or {}, "cwd": str(cwd) if cwd else None})
-    done = subprocess.run([sys.executable, "-I", __file__], input=spec, capture_output=True, text=True, check=True)
+    launcher = [sys.executable, "-I", "-c", LAUNCHER, str(ROOT)]
+    done = subprocess.run(launcher, input=spec, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
     if answer["code"] != 0:
         raise CommandError(f"exit code {answer['code']}: {answer['said'].strip()[-2000:]}")
     return Usage(**answer["usage"])
 
 
-def _bytes_moved(pid: int) -> tuple[int | None, int | None]:
+def _io(pid: int) -> dict[str, int | None]:
     """Read what /proc says of an ended process that was not yet waited for."""
     try:
         with open(f"/proc/{pid}/io") as file:
             fields = dict(line.split(": ") for line in file.read().splitlines())
     except OSError:
-        return None, None
-    return int(fields["rchar"]), int(fields["wchar"])
+        fields = {}
+    return {name: int(fields[field]) if field in fields else None for name, field in IO_FIELDS.items()}
 
 
-def _launch() -> None:
+def launch() -> None:
+    """Run the command that standard input describes; print what it took."""
     spec = json.load(sys.stdin)
+    counter = None if counters.why_not() else counters.Counter(on_exec=True)
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         child = subprocess.Popen(
@@ -67,7 +96,7 @@ def _launch() -> None:
         )
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         wall = time.perf_counter() - start
-        read, written = _bytes_moved(child.pid)
+        moved = _io(child.pid)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
@@ -79,12 +108,10 @@ def _launch() -> None:
                 "user": usage.ru_utime,
                 "sys": usage.ru_stime,
                 "peak_rss": usage.ru_maxrss * 1024,
-                "read": read,
-                "written": written,
+                **moved,
+                "minor_faults": usage.ru_minflt,
+                "major_faults": usage.ru_majflt,
+                "instructions": counter.stop() if counter else None,
             },
         }
     json.dump(answer, sys.stdout)
-
-
-if __name__ == "__main__":
-    _launch()

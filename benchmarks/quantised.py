@@ -19,7 +19,7 @@ import numpy as np
 import paramdelta
 from benchmarks import bound, data, kernels, whole
 from benchmarks.machine import file_system_of, threads_allowed
-from benchmarks.results import OURS, Metric, Record, bound_ratios
+from benchmarks.results import OURS, Metric, Record
 from paramdelta import _cpu, scaled
 from paramdelta.backends import cpu
 from paramdelta.checkpoint.families import OUTPUT_FORMATS
@@ -27,8 +27,8 @@ from paramdelta.dtypes import BF16
 from paramdelta.formats import CODEC_BITS, CODECS, RULES, Format
 
 ROWS, COLS = 16384, 16384  # 256 MiB of fp8 codes a stream
-QUICK_ROWS = 4096
-POOL_ROWS = 256
+QUICK_ROWS = 256
+POOL_ROWS = 128
 TORCH_SCRIPT = whole.TORCH_SCRIPT.with_name("torch_fp8.py")
 
 
@@ -95,8 +95,13 @@ class Bench:
         )  # fmt: skip
         return (address, CODECS.index(made.codec), self.pitches[i], scales)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes read and written by one merge."""
+        return self.rows * sum(self.pitches)
+
     def merge(self, isa: str, threads: int) -> float:
-        """Merge once and return bytes of codes read and written per second."""
+        """Merge once and return the seconds that it took."""
         post, base, new_base = (self._operand(i) for i in range(3))
         out = self.case.out
         more: dict[str, Any] = {"out_dtype": BF16.code}
@@ -120,56 +125,37 @@ class Bench:
             rows=self.rows,
             cols=COLS,
             out=(self.buffers.out.ctypes.data, self.pitches[3]),
-            isa=isa,
+            isa=None if isa == kernels.CHOSEN else isa,
             threads=threads,
             **more,
         )
-        return self.rows * sum(self.pitches) / (time.perf_counter() - start)
+        return time.perf_counter() - start
 
 
-def run(*, quick: bool, rounds: int | None = None, rows: int | None = None) -> Iterator[Record]:
-    """Measure the kernels: every case with the best instruction set on all threads, fp8 blocks with every one."""
+def run(*, quick: bool, rounds: int, rows: int | None = None) -> Iterator[Record]:
+    """Measure the kernels: every case with the best instruction set on all threads, fp8 blocks with every one.
+
+    ``quick`` keeps the first case, the chosen instruction set, and one thread.
+    """
     isas = cpu.capabilities().variants
     for case in CASES[:1] if quick else CASES:
         bench = Bench(case, rows or (QUICK_ROWS if quick else ROWS))
-        for isa in reversed(isas if case is CASES[0] and not quick else isas[-1:]):
-            for threads in sorted({1, threads_allowed()}) if case is CASES[0] else (threads_allowed(),):
-                yield measure(bench, isa, threads, rounds or (3 if quick else 7))
+        full = case is CASES[0] and not quick
+        for isa in (kernels.CHOSEN,) if quick else (kernels.CHOSEN, *reversed(isas)) if full else isas[-1:]:
+            for threads in sorted({1, threads_allowed()}) if full else (1,) if quick else (threads_allowed(),):
+                made = kernels.Measurement(isa, threads)
+                made.take(bench, rounds, kernels.QUICK_PASSES if quick else kernels.PASSES)
+                yield record_of(case, made)
         del bench
 
 
-def measure(bench: Bench, isa: str, threads: int, rounds: int) -> Record:
-    """Take ``rounds`` samples of roofline and kernel in alternating passes, and return the record."""
-    roofline = bound.Bound(bench.buffers, threads)
-    roofline.choose()
-    bench.merge(isa, threads)
-    limits, rates = [], []
-    for _ in range(rounds):
-        for _ in roofline.names:
-            limits.append(roofline.next_pass())
-        rates.append(bench.merge(isa, threads))
-    bandwidth = Metric("B/s", tuple(rates))
-    bound_rate = Metric("B/s", kernels.best_of_each(limits, len(roofline.names)))
-    per_element = sum(bench.pitches) / COLS
-    return Record(
-        group="kernels",
-        case=f"{bench.case.name}, {isa}, {threads} thread{'s' if threads > 1 else ''}",
-        contender=OURS,
-        parameters={
-            "merge": bench.case.name,
-            "isa": isa,
-            "threads": threads,
-            "elements": bench.elements,
-            "bytes_per_element": per_element,
-            "bound_loops": list(roofline.names),
-        },
-        metrics={
-            "bandwidth": bandwidth,
-            "bound": bound_rate,
-            "elements": Metric("1/s", tuple(rate / per_element for rate in rates)),
-        },
-        ratios=bound_ratios(bandwidth, bound_rate),
-    )
+def record_of(case: Case, made: kernels.Measurement) -> Record:
+    """Return the record of one case, with the elements per second beside the bytes."""
+    bits = [CODEC_BITS["bf16" if f is None else f.codec] for f in (case.inputs,) * 3 + (case.out,)]
+    per_element = sum(bits) / 8
+    record = made.record(case.name, bytes_per_element=per_element)
+    record.metrics["elements"] = Metric("1/s", tuple(rate / per_element for rate in made.rates))
+    return record
 
 
 def merges(
@@ -202,7 +188,7 @@ def merges(
                         torch_fp8(folders, out, threads),
                     ],
                     out,
-                    rounds=3 if quick else 7 if in_memory else 5,
+                    rounds=7 if in_memory and not quick else 5,
                     parameters={
                         "size": size,
                         "output_bytes": folders.nbytes,
@@ -247,6 +233,6 @@ def _renamed(contender: whole.Contender, name: str) -> whole.Contender:
 
 
 if __name__ == "__main__":
-    for record in run(quick="--quick" in sys.argv):
+    for record in run(quick="--quick" in sys.argv, rounds=7):
         rate = record.metrics["elements"].median / 1e9
         print(f"{record.case}: {rate:.2f} G elements/s, {record.ratios['of_bound']:.3f} of the bound")

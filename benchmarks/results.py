@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "paramdelta-benchmarks/1"
+SCHEMA = "paramdelta-benchmarks/2"
+READABLE = ("paramdelta-benchmarks/1", SCHEMA)  # 2 added counters and processor time, and took nothing away
 GROUPS = ("kernels", "merges", "quantised", "start", "many")
-UNITS = ("B/s", "s", "B")
+UNITS = ("B/s", "1/s", "s", "B", "1", "1/element")
 OURS = "paramdelta"
 
 
@@ -34,7 +35,7 @@ class Metric:
     @property
     def best(self) -> float:
         """The largest sample of a rate, the smallest of anything else."""
-        return max(self.samples) if self.unit == "B/s" else min(self.samples)
+        return max(self.samples) if self.unit.endswith("/s") else min(self.samples)
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,20 @@ def read(path: Path) -> dict[str, Any]:
 
 def records_of(content: dict[str, Any]) -> list[Record]:
     """Return the records of a checked result."""
-    made = []
-    for raw in content["records"]:
-        metrics = {name: Metric(m["unit"], tuple(m["samples"])) for name, m in raw["metrics"].items()}
-        made.append(Record(**{**raw, "metrics": metrics}))
-    return made
+    return [record_of(raw) for raw in content["records"]]
+
+
+def record_of(raw: dict[str, Any]) -> Record:
+    """Return one record from its JSON object."""
+    metrics = {name: Metric(m["unit"], tuple(m["samples"])) for name, m in raw["metrics"].items()}
+    return Record(**{**raw, "metrics": metrics})
 
 
 def check(content: Any) -> None:
     """Raise ValueError, naming every fault, unless ``content`` follows the schema."""
     faults = []
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ValueError(f"not a result file: expected an object with schema {SCHEMA!r}")
+    if not isinstance(content, dict) or content.get("schema") not in READABLE:
+        raise ValueError(f"not a result file: expected an object with a schema of {READABLE}")
     for key in ("machine", "versions", "commit", "options"):
         if not isinstance(content.get(key), dict):
             faults.append(f"{key}: expected an object, got {content.get(key)!r}")

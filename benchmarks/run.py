@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bound, kernels, machine, quantised, report, results, whole
+from benchmarks import bound, machine, pooled, quantised, report, results, whole
 from benchmarks.results import Record
 
 RESULTS = Path(__file__).with_name("results")
@@ -41,9 +41,8 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[Record]:
             log(f"kernels skipped: {reason}")
             yield Record("kernels", "all", results.OURS, {}, skipped=reason)
         else:
-            for record in itertools.chain(kernels.run(quick=options.quick), quantised.run(quick=options.quick)):
-                log(f"{record.case}: {record.ratios['of_bound']:.2f} of the bound")
-                yield record
+            log("kernels")
+            yield from pooled.run(quick=options.quick)
     places = whole.default_places(options.disk)
     if options.place != "both":
         places = tuple(p for p in places if (p == whole.TMPFS) == (options.place == "tmpfs"))

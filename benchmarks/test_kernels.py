@@ -33,19 +33,11 @@ def test_bandwidth(
         benches.clear()
         benches[case] = kernels.Bench(case, kernels.STREAM_BYTES)
     bench = benches[case]
-    roofline = bound.Bound(bench.buffers, threads)
-    roofline.choose()
-    bench.merge(isa, threads)
-    limits: list[float] = []
-    rates: list[float] = []
+    made = kernels.Measurement(isa, threads)
     benchmark.group = f"{isa}, {threads} threads"
-    benchmark.pedantic(
-        lambda: rates.append(bench.merge(isa, threads)),
-        setup=lambda: limits.append(roofline.next_pass()),
-        rounds=ROUNDS * len(roofline.names),
-    )
-    record = kernels.make_record(bench, isa, threads, rates, limits, roofline.names)
+    benchmark.pedantic(bench.merge, args=(isa, threads), setup=lambda: made.take(bench, 1), rounds=ROUNDS)
+    record = kernels.record_of(case, made)
     benchmark.extra_info.update(record.parameters | record.ratios)
-    benchmark.extra_info["bytes_per_second"] = list(record.metrics["bandwidth"].samples)
-    benchmark.extra_info["bound_bytes_per_second"] = list(record.metrics["bound"].samples)
+    for name, metric in record.metrics.items():
+        benchmark.extra_info[name] = list(metric.samples)
     assert record.ratios.keys() == {"of_bound", "of_bound_best"}

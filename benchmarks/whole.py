@@ -25,7 +25,11 @@ TMPFS = Path("/dev/shm")
 DISK = ROOT / "build" / "benchmarks"
 TORCH_SCRIPT = Path(__file__).parent / "peers" / "torch_script.py"
 COPY = 'cat "$1"/* "$2"/* >/dev/null; cp -r "$3" "$4"'
-UNITS = {"wall": "s", "user": "s", "sys": "s", "peak_rss": "B", "read": "B", "written": "B"}
+UNITS = {
+    **dict.fromkeys(("wall", "user", "sys"), "s"),
+    **dict.fromkeys(("peak_rss", "read", "written", "storage_read", "storage_written"), "B"),
+    **dict.fromkeys(("read_calls", "write_calls", "minor_faults", "major_faults", "instructions"), "1"),
+}
 
 Log = Callable[[str], None]
 
@@ -174,7 +178,7 @@ def merges(
                     case,
                     contenders,
                     out,
-                    rounds=3 if quick else 7 if in_memory else 5,
+                    rounds=7 if in_memory and not quick else 5,
                     parameters={
                         "size": size,
                         "output_bytes": folders.nbytes,
@@ -230,7 +234,7 @@ def many(*, quick: bool, threads: int, log: Log = print) -> Iterator[Record]:
             torch_script(folders, out, threads),
             Contender("mergekit linear", skipped="not tried: its time grows with the square of the number of tensors"),
         ]
-        rounds = 3 if quick else 5
+        rounds = 5
         case = f"{tensors} tensors, {kind}, merge"
         yield from take_turns("many", case, contenders, out, rounds=rounds, parameters=parameters, log=log)
         inputs = merge.command[4:10]

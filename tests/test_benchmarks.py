@@ -16,7 +16,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("benchmarks are part of the source tree only", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: an installed paramdelta comes before the one of the source tree
 
-from benchmarks import bound, data, machine, process, report, results, whole  # noqa: E402
+from benchmarks import bound, data, machine, pooled, process, report, results, whole  # noqa: E402
 from benchmarks.peers import compare_mergekit, mergekit  # noqa: E402
 from benchmarks.results import Metric, Record  # noqa: E402
 
@@ -259,10 +259,44 @@ def test_comparison_rounds_binary64_to_bf16_once() -> None:
     np.testing.assert_array_equal(compare_mergekit.bf16_once(values), expected.view(np.uint16))
 
 
-def test_a_sample_is_the_best_of_its_passes() -> None:
+class Paced:
+    """Memory of a kernel that takes as long as it is told."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.buffers = bound.allocate([4096] * 4)
+        self.elements, self.nbytes = 1024, 4096
+        self._seconds = itertools.cycle(seconds)
+
+    def merge(self, isa: str, threads: int) -> float:
+        return next(self._seconds)
+
+
+def test_a_sample_is_the_best_of_as_many_passes_as_the_bound_has(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import kernels
 
-    assert kernels.best_of_each([1.0, 5.0, 2.0, 7.0, 3.0, 4.0], 3) == (5.0, 7.0)
+    limits = itertools.cycle((1e6, 5e6, 2e6, 3e6))
+    monkeypatch.setattr(bound, "run", lambda variant, buffers, threads: next(limits))
+    monkeypatch.setattr(bound, "variants", lambda: {"a": 0, "b": 1})
+    monkeypatch.setattr(kernels.counters, "why_not", lambda: "not here")
+    made = kernels.Measurement("avx2", 1)
+    made.loops = ("a", "b")
+    made.take(Paced(9.0, 4.0, 2.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0), rounds=1, passes=2)
+    assert made.limits == [5e6]
+    assert made.rates == [4096 / 1.0], "the first pass does not count"
+    made.take(Paced(0.5, 4.0, 2.0, 8.0, 4.0), rounds=1, passes=2)
+    assert made.rates[1:] == [4096 / 2.0], "the first pass does not count"
+
+
+def test_samples_of_several_processes_are_pooled_by_case() -> None:
+    def taken(*rates: float) -> Record:
+        bandwidth, bound_rate = Metric("B/s", rates), Metric("B/s", (10.0,) * len(rates))
+        told = {"bound_loops": ["a" if rates[0] > 4 else "b"]}
+        return Record("kernels", "case", results.OURS, told, {"bandwidth": bandwidth, "bound": bound_rate}, {})
+
+    [record] = pooled.pool([[taken(5.0, 6.0)], [taken(1.0, 7.0)], [taken(8.0, 9.0)]])
+    assert record.metrics["bandwidth"].samples == (5.0, 6.0, 1.0, 7.0, 8.0, 9.0)
+    assert record.ratios == {"of_bound": 0.65, "of_bound_best": 0.9}
+    assert record.parameters == {"bound_loops": ["a", "b"], "processes": 3}
 
 
 @pytest.mark.parametrize(("theirs", "code"), [(1.0, 0), (1 + 2**-6, 1)], ids=["explained", "unexplained"])
