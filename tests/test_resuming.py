@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -205,18 +206,22 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     subprocess.run(command(whole), check=True, env=environment)
     random_ = random.Random(0)
     kills = 0
-    for _ in range(12):
+    latest = 0.6  # seconds; earlier where a merge is done by then
+    for _ in range(30):
         process = subprocess.Popen(command(out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(random_.uniform(0.1, 0.5))
+            process.wait(random_.uniform(latest / 3, latest))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
         if out.exists():  # whenever it is there, it is whole
             assert digests(out) == digests(whole)
+            shutil.rmtree(out)
+            latest = max(latest * 0.8, 0.1)
+        if kills == 8:
             break
     if not out.exists():
         subprocess.run(command(out), check=True, env=environment)
-    assert kills
+    assert kills == 8
     assert digests(out) == digests(whole)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from paramdelta.checkpoint.families import output_format
 from paramdelta.dtypes import BF16, BY_NAME, F8_E4M3, DType
 from paramdelta.errors import Complaint, shown
-from paramdelta.formats import Format
+from paramdelta.formats import GPT_OSS_SPELLING, Format
 from paramdelta.plan.naming import EMBEDDINGS, Names, grouped, is_head
 from paramdelta.plan.pairing import NONE, Kind, Pairing
 from paramdelta.plan.request import PLAIN_FORMATS, MergeRequest, matcher
@@ -112,6 +112,8 @@ class _Chooser:
                 continue
             pieces = self.pairing.bridges.get(i)
             turned = pieces is not None and pieces[0].post.transposed != pieces[0].out.transposed
+            if format_.spelling is GPT_OSS_SPELLING:  # the output is turned as post is (plan/turning.py)
+                continue
             if self.fitted(format_, i) is None or (turned and format_.rows != format_.cols):
                 formats[i] = None
                 if pieces is not None:

@@ -146,9 +146,9 @@ def test_tables_tell_formats_and_losses(tmp_path: Path, run: Run) -> None:
     toys(tmp_path)
     code, out, _ = run("merge", *inputs(), "--format", "fp8-channel")
     assert code == 0
-    assert "9 fp8-channel" in out
+    assert "9 weights in fp8-channel" in out
     assert "lost by quantising" in out
-    assert "all 9 tensors" in out
+    assert "all 9 weights" in out
     code, out, _ = run("verify", "out", *inputs(out=False))
     assert code == 0
     assert "none: bit-equal" in out
