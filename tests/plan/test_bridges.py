@@ -169,11 +169,6 @@ CANNOT: dict[str, tuple[tuple[Tensors, Tensors, Tensors], dict[str, Any], str]] 
         {"stacks": "new_base=interleaved"},
         "its parts alternate in rows, which share scales in blocks of 128",
     ),
-    "nibbles to be read across": (
-        (nibbles(64, 96), nibbles(64, 96), stacks(64, 96, transposed=True)),
-        {},
-        "cannot be read in new_base's order: it is stored as packed nibbles, and transposed",
-    ),
     "alternating columns": (
         (singles(48, 80), singles(48, 80), stacks(48, 80, transposed=True)),
         {"stacks": "new_base=interleaved"},
