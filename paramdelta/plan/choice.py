@@ -112,7 +112,8 @@ class _Chooser:
                 continue
             pieces = self.pairing.bridges.get(i)
             turned = pieces is not None and pieces[0].post.transposed != pieces[0].out.transposed
-            if format_.spelling is GPT_OSS_SPELLING:  # the output is turned as post is (plan/turning.py)
+            own_name = format_.spelling.of(self.pairing.names[i], "scale") is not None
+            if format_.spelling is GPT_OSS_SPELLING and own_name:  # the output is turned as post is (plan/turning.py)
                 continue
             if self.fitted(format_, i) is None or (turned and format_.rows != format_.cols):
                 formats[i] = None

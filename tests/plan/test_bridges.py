@@ -186,7 +186,6 @@ def test_structures_that_cannot_be_written(
 
 LIKE_POST: dict[str, tuple[Tensors, Tensors]] = {
     "blocks of nibbles for separate experts": (nibbles(64, 96), singles(64, 96)),
-    "blocks of nibbles for turned stacks": (nibbles(64, 96), stacks(64, 96, transposed=True)),
 }
 
 
