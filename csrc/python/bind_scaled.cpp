@@ -64,7 +64,7 @@ Scales scales_of(const ScalesTuple& from) {
   scales.second_value = value;
   scales.zero_points = reinterpret_cast<const void*>(zeros);
   scales.zero_pitch = zero_pitch;
-  scales.zero_phase = row_phase % 8;
+  scales.zero_phase = row_phase;
   return scales;
 }
 
