@@ -51,6 +51,13 @@ std::int64_t most(std::int64_t total, std::int64_t unit, std::size_t room, const
   return filled(units, unit, total);
 }
 
+// The size of pieces of `total` that are about equal, whole units, and no larger than `largest`.
+std::int64_t even(std::int64_t total, std::int64_t unit, std::int64_t largest) {
+  const std::int64_t pieces = (total + largest - 1) / largest;
+  const std::int64_t units = (total + unit - 1) / unit;
+  return std::min(total, (units + pieces - 1) / pieces * unit);
+}
+
 }  // namespace
 
 Cursor::Cursor(const Work& work, std::size_t capacity, std::size_t slot)
@@ -96,7 +103,8 @@ bool Cursor::next_piece(Piece& piece) {
     if (bytes(at_.rows, at_.cols) <= slot_)
       at_.rows = most(rows, unit.rows, slot_, [&](std::int64_t n) { return bytes(n, region.cols); });
     else
-      at_.cols = most(region.cols, unit.cols, slot_, [&](std::int64_t n) { return bytes(at_.rows, n); });
+      at_.cols = even(region.cols, unit.cols,
+                      most(region.cols, unit.cols, slot_, [&](std::int64_t n) { return bytes(at_.rows, n); }));
   }
   piece = at_;
   piece.cols = std::min(at_.cols, region.cols - at_.col);

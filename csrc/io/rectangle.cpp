@@ -30,8 +30,8 @@ bool by_columns(const Strided& from) {
   return from.cols > 1 && from.col_stride != static_cast<std::int64_t>(from.item);
 }
 
-// Whether lines of `length` bytes, `stride` apart, are read in one call, with what lies between them.
-bool in_one(std::int64_t length, std::int64_t stride) { return stride <= 2 * length; }
+// Whether lines of `length` bytes, `stride` apart, are read in one call, with the little that lies between them.
+bool in_one(std::int64_t length, std::int64_t stride) { return 4 * stride <= 5 * length; }
 
 std::size_t bytes_read(std::int64_t lines, std::int64_t length, std::int64_t stride) {
   return static_cast<std::size_t>(lines * (in_one(length, stride) ? std::max(stride, length) : length));
