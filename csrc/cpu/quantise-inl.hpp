@@ -71,34 +71,43 @@ inline __m512i codes_of(__m512 y, __m512& lost) {
   }
 }
 
+// kPlaces columns share a factor and two weights; where it is 1, each has its own.
 template <Codec C, bool kMultiply, std::size_t kPlaces>
 inline void encode_codes(const float* x, ScaledWork& work, std::size_t n, unsigned char* out) {
+  constexpr std::size_t step = kPlaces == 1 ? kChunk : kPlaces;
   __m512 error = _mm512_load_ps(work.error), value = _mm512_load_ps(work.value);
-  for (std::size_t i = 0; i < n; i += kChunk) {
+  for (std::size_t first = 0; first < n; first += step) {
     __m512 factor, weight, error_weight;
     if constexpr (kPlaces == 1) {
-      factor = _mm512_load_ps(work.factor + i);
-      weight = _mm512_load_ps(work.weight + i);
-      error_weight = _mm512_load_ps(work.error_weight + i);
+      factor = _mm512_load_ps(work.factor + first);
+      weight = _mm512_load_ps(work.weight + first);
+      error_weight = _mm512_load_ps(work.error_weight + first);
     } else {
-      factor = _mm512_set1_ps(work.factor[i / kChunk]);
-      weight = _mm512_set1_ps(work.weight[i / kChunk]);
-      error_weight = _mm512_set1_ps(work.error_weight[i / kChunk]);
+      factor = _mm512_set1_ps(work.factor[first / kChunk]);
+      weight = _mm512_set1_ps(work.weight[first / kChunk]);
+      error_weight = _mm512_set1_ps(work.error_weight[first / kChunk]);
     }
-    const __m512 v = _mm512_loadu_ps(x + i);
-    const __m512 y = kMultiply ? _mm512_mul_ps(v, factor) : _mm512_div_ps(v, factor);
-    __m512 lost;
-    __m512i codes = codes_of<C>(y, lost);
-    lost = _mm512_mul_ps(lost, error_weight);
-    const __m512 kept = _mm512_mul_ps(y, weight);
-    error = _mm512_fmadd_ps(lost, lost, error);  // for the report: no bit of the output depends on them
-    value = _mm512_fmadd_ps(kept, kept, value);
-    if constexpr (C == Codec::f8_e4m3) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_maskz_cvtepi32_epi8(0xFFFF, codes));
-    } else {
-      codes = _mm512_or_si512(codes, _mm512_maskz_srli_epi64(0xFF, codes, 28));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), _mm512_maskz_cvtepi64_epi8(0xFF, codes));
+    // For the report: no bit of the output depends on these sums, so they may be fused.
+    __m512 lost_here = _mm512_setzero_ps(), kept_here = _mm512_setzero_ps();
+    for (std::size_t i = first; i < first + step; i += kChunk) {
+      const __m512 v = _mm512_loadu_ps(x + i);
+      const __m512 y = kMultiply ? _mm512_mul_ps(v, factor) : _mm512_div_ps(v, factor);
+      __m512 lost;
+      __m512i codes = codes_of<C>(y, lost);
+      lost_here = _mm512_fmadd_ps(lost, lost, lost_here);
+      kept_here = _mm512_fmadd_ps(y, y, kept_here);
+      if constexpr (C == Codec::f8_e4m3) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_maskz_cvtepi32_epi8(0xFFFF, codes));
+      } else {
+        codes = _mm512_or_si512(codes, _mm512_maskz_srli_epi64(0xFF, codes, 28));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), _mm512_maskz_cvtepi64_epi8(0xFF, codes));
+      }
     }
+    // Columns without weight are left to the literal path, and may hold anything.
+    const __mmask16 counts = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    error =
+        _mm512_mask_add_ps(error, counts, error, _mm512_mul_ps(_mm512_mul_ps(lost_here, error_weight), error_weight));
+    value = _mm512_mask_add_ps(value, counts, value, _mm512_mul_ps(_mm512_mul_ps(kept_here, weight), weight));
   }
   _mm512_store_ps(work.error, error);
   _mm512_store_ps(work.value, value);
@@ -145,8 +154,9 @@ inline void encode_codes(const float* x, ScaledWork& work, std::size_t n, unsign
         const std::size_t place = kPlaces == 1 ? first + k + i : (first + k) / kPlaces;
         const float e = lost[k + i] * work.error_weight[place];
         const float v = y[k + i] * work.weight[place];
-        error[i] = error[i] + e * e;
-        value[i] = value[i] + v * v;
+        const bool counts = work.weight[place] != 0.0f;  // else left to the literal path: it may be anything
+        error[i] = error[i] + (counts ? e * e : 0.0f);
+        value[i] = value[i] + (counts ? v * v : 0.0f);
       }
     }
     if constexpr (C == Codec::f8_e4m3) {
@@ -162,25 +172,29 @@ inline void encode_codes(const float* x, ScaledWork& work, std::size_t n, unsign
 #endif
 
 template <Codec C, bool kMultiply>
-inline void encode_row_as(const float* x, ScaledWork& work, std::size_t n, bool by_chunk) {
-  if (by_chunk)
+inline void encode_row_as(const float* x, ScaledWork& work, std::size_t n, std::size_t places) {
+#if PARAMDELTA_TARGET == PARAMDELTA_AVX512
+  if (places == kWide) return encode_codes<C, kMultiply, kWide>(x, work, n, work.out);
+#endif
+  if (places >= kChunk)
     encode_codes<C, kMultiply, kChunk>(x, work, n, work.out);
   else
     encode_codes<C, kMultiply, 1>(x, work, n, work.out);
 }
 
-// Codes of `n` columns, a multiple of kStep, to work.out, by the factors and weights in `work`.
-inline void encode_row(const Recipe& recipe, const float* x, ScaledWork& work, std::size_t n, bool by_chunk) {
+// Codes of `n` columns, a multiple of kStep, to work.out, by the factors and weights in `work`, which `places` columns
+// share.
+inline void encode_row(const Recipe& recipe, const float* x, ScaledWork& work, std::size_t n, std::size_t places) {
   const bool multiply = multiplies(recipe);
   switch (recipe.codec) {
     case Codec::f4:
-      return multiply ? encode_row_as<Codec::f4, true>(x, work, n, by_chunk)
-                      : encode_row_as<Codec::f4, false>(x, work, n, by_chunk);
+      return multiply ? encode_row_as<Codec::f4, true>(x, work, n, places)
+                      : encode_row_as<Codec::f4, false>(x, work, n, places);
     case Codec::i4:
-      return multiply ? encode_row_as<Codec::i4, true>(x, work, n, by_chunk)
-                      : encode_row_as<Codec::i4, false>(x, work, n, by_chunk);
+      return multiply ? encode_row_as<Codec::i4, true>(x, work, n, places)
+                      : encode_row_as<Codec::i4, false>(x, work, n, places);
     default:
-      return multiply ? encode_row_as<Codec::f8_e4m3, true>(x, work, n, by_chunk)
-                      : encode_row_as<Codec::f8_e4m3, false>(x, work, n, by_chunk);
+      return multiply ? encode_row_as<Codec::f8_e4m3, true>(x, work, n, places)
+                      : encode_row_as<Codec::f8_e4m3, false>(x, work, n, places);
   }
 }

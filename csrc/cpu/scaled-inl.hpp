@@ -185,7 +185,10 @@ inline void write_codes(const ScaledMerge& job, ScaledWork& work, const Strip& s
       const std::size_t n = least(kTileCols, region.cols - c);
       float* x = values_at(strip, work, r, c);
       if (!strip.kept) row_values(job, work, region.row + r, region.col + c, n, x);
-      encode_row(job.recipe, x, work, rounded_up(n), strip.by_chunk);
+      encode_row(job.recipe, x, work, rounded_up(n),
+                 !strip.by_chunk                           ? 1
+                 : work.wide && rounded_up(n) % kWide == 0 ? kWide
+                                                           : kChunk);
       if (bits_of(codec) == 4 && n % 2 != 0) work.out[n / 2] &= 15u;
       std::memcpy(out + bytes_of(codec, c), work.out, bytes_of(codec, n));
     }
@@ -209,16 +212,17 @@ inline void do_strip(const ScaledMerge& job, ScaledWork& work, const Strip& stri
   }
 }
 
-// Whether a chunk of columns, counted from a multiple of kChunk, always has one scale.
-inline bool chunked(const Matrix& matrix) {
+// Whether `places` columns, counted from a multiple of them, always have one scale.
+inline bool chunked(const Matrix& matrix, std::size_t places) {
   const Scales& s = matrix.scales;
   if (matrix.data == nullptr || s.data == nullptr || s.cols == 0) return true;
-  return s.cols % kChunk == 0 && s.col_phase % kChunk == 0;
+  return s.cols % places == 0 && s.col_phase % places == 0;
 }
 
-inline bool all_chunked(const ScaledMerge& job) {
-  bool all = chunked(job.new_base);
-  for (std::size_t t = 0; t < job.n_terms; ++t) all = all && chunked(job.terms[t].post) && chunked(job.terms[t].base);
+inline bool all_chunked(const ScaledMerge& job, std::size_t places) {
+  bool all = chunked(job.new_base, places);
+  for (std::size_t t = 0; t < job.n_terms; ++t)
+    all = all && chunked(job.terms[t].post, places) && chunked(job.terms[t].base, places);
   return all;
 }
 
@@ -239,9 +243,10 @@ void quantised_region(const ScaledMerge& job, ScaledWork& work, ScaledResult& re
   const bool starts_in_bytes = width % 2 != 0 && width < job.cols;
   const bool nibbles = any_of_bits(job, 4) || bits_of(job.recipe.codec) == 4;
   const bool literal = any_of_bits(job, 64) || (starts_in_bytes && nibbles);
-  work.by_chunk = all_chunked(job) && (width % kChunk == 0 || width >= job.cols);
+  work.by_chunk = all_chunked(job, kChunk) && (width % kChunk == 0 || width >= job.cols);
 #if PARAMDELTA_TARGET == PARAMDELTA_AVX512
   work.direct = is_direct(job, work.by_chunk && (unit_cols % kChunk == 0 || unit_cols >= job.cols));
+  work.wide = all_chunked(job, kWide) && unit_cols % kWide == 0 && width % kWide == 0;
   work.new_base.direct = work.direct;
   for (std::size_t t = 0; t < 2 * job.n_terms; ++t) work.terms[t].direct = work.direct;
 #endif
@@ -267,7 +272,7 @@ void plain_region(const ScaledMerge& job, ScaledWork& work, ScaledResult& result
   const Effect effect = work.measure ? Effect::measure : Effect::write;
   const std::size_t size = size_of(job.out_dtype);
   const bool literal = any_of_bits(job, 64);
-  work.by_chunk = all_chunked(job);
+  work.by_chunk = all_chunked(job, kChunk);
   for (std::size_t r = 0; r < job.rows; ++r) {
     for (std::size_t c = 0; c < job.cols; c += kTileCols) {
       const std::size_t n = least(kTileCols, job.cols - c), steps = rounded_up(n);

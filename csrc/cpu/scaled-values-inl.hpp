@@ -264,7 +264,8 @@ inline bool any_nan_e4m3(const unsigned char* in) {
 
 // row_values() where work.direct: straight from the codes, by scales that are 2^1016 times as large. Where one is NaN,
 // the whole row is sent to the literal path; a scale for which that factor is too much sends its chunk there, too.
-// Columns of a chunk are touched together, for its units end with it.
+// kPlaces columns share all scales and belong to one unit: what is found of them is noted for the first kChunk.
+template <std::size_t kPlaces>
 inline void merge_row_e4m3(ScaledWork& work, const unsigned char* const* codes, float* x, std::size_t n) {
   const double* ns = work.new_base.scales;
   const double* ps = work.terms[0].scales;
@@ -272,17 +273,20 @@ inline void merge_row_e4m3(ScaledWork& work, const unsigned char* const* codes, 
   bool nan = false;
   for (std::size_t i = 0; i < n; i += kStep)
     nan = nan || any_nan_e4m3(codes[0] + i) || any_nan_e4m3(codes[1] + i) || any_nan_e4m3(codes[2] + i);
-  for (std::size_t i = 0; i < n; i += kChunk) {
-    const __m512d n8 = _mm512_set1_pd(ns[i / kChunk]), p8 = _mm512_set1_pd(ps[i / kChunk]),
-                  b8 = _mm512_set1_pd(bs[i / kChunk]);
-    __m512i touched = _mm512_load_si512(work.touched + i);
-    const __m256 low = merge_e4m3(codes[0] + i, codes[1] + i, codes[2] + i, n8, p8, b8, touched);
-    const __m256 high = merge_e4m3(codes[0] + i + 8, codes[1] + i + 8, codes[2] + i + 8, n8, p8, b8, touched);
-    const __m512 v = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-    _mm512_storeu_ps(x + i, v);
-    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
-    _mm512_store_si512(work.largest + i, _mm512_maskz_max_epu32(0xFFFF, _mm512_load_si512(work.largest + i), bits));
-    _mm512_store_si512(work.touched + i, touched);
+  for (std::size_t first = 0; first < n; first += kPlaces) {
+    const __m512d n8 = _mm512_set1_pd(ns[first / kChunk]), p8 = _mm512_set1_pd(ps[first / kChunk]),
+                  b8 = _mm512_set1_pd(bs[first / kChunk]);
+    __m512i touched = _mm512_load_si512(work.touched + first), largest = _mm512_load_si512(work.largest + first);
+    for (std::size_t i = first; i < first + kPlaces; i += kChunk) {
+      const __m256 low = merge_e4m3(codes[0] + i, codes[1] + i, codes[2] + i, n8, p8, b8, touched);
+      const __m256 high = merge_e4m3(codes[0] + i + 8, codes[1] + i + 8, codes[2] + i + 8, n8, p8, b8, touched);
+      const __m512 v = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+      _mm512_storeu_ps(x + i, v);
+      const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+      largest = _mm512_maskz_max_epu32(0xFFFF, largest, bits);
+    }
+    _mm512_store_si512(work.largest + first, largest);
+    _mm512_store_si512(work.touched + first, touched);
   }
   if (nan)
     for (std::size_t i = 0; i < n; ++i) work.largest[i] = 0x7FC00000u;
@@ -323,7 +327,8 @@ inline void row_values(const ScaledMerge& job, ScaledWork& work, std::size_t r, 
     find_scales(work.new_base, r, c, n, true);
     find_scales(work.terms[0], r, c, n, true);
     find_scales(work.terms[1], r, c, n, true);
-    return merge_row_e4m3(work, codes, x, steps);
+    if (work.wide && n % kWide == 0) return merge_row_e4m3<kWide>(work, codes, x, steps);
+    return merge_row_e4m3<kChunk>(work, codes, x, steps);
   }
   if (x != nullptr && job.n_terms == 1 && work.by_chunk && !job.recipe.values_bf16) {
     Plane& post = work.terms[0];

@@ -13,6 +13,7 @@ namespace paramdelta::cpu {
 // between finding their scales and making their codes. Larger units are computed twice.
 inline constexpr std::size_t kTileCols = 512;
 inline constexpr std::size_t kChunk = 16;
+inline constexpr std::size_t kWide = 128;  // columns that often have one scale: those of blocks
 inline constexpr std::size_t kTileChunks = kTileCols / kChunk;
 inline constexpr std::size_t kKept = std::size_t{1} << 16;
 inline constexpr std::size_t kNowhere = ~std::size_t{0};
@@ -59,6 +60,7 @@ struct ScaledWork {
   float* kept = nullptr;   // kKept values, and some to spare
   bool by_chunk = false;   // whether each chunk of columns has one scale in every operand
   bool direct = false;     // whether merge_row_e4m3() does all
+  bool wide = false;       // and whether each kWide columns have one scale, in operands and output
   bool measure = false;
 };
 
