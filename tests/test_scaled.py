@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from paramdelta import formats, reference_scaled
+from paramdelta import _cpu, formats, reference_scaled
 from paramdelta.checkpoint.families import OUTPUT_FORMATS
 from paramdelta.errors import OperandError, OperandTypeError
 from paramdelta.reference_scaled import Scaled
@@ -115,6 +115,6 @@ def test_the_loss_leaves_out_what_is_not_finite(name: str, isa: str) -> None:
     values = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
     values[3, 5], values[200, 300] = np.inf, np.nan
     made = OUTPUT_FORMATS[name]
-    result = scaled.merge_scaled(scaled.Matrix(values), [], recipe=made.recipe, grid=scaled.Grid.of(made), isa=isa)
+    result = merge_scaled(Matrix(values), [], recipe=made.recipe, grid=Grid.of(made), isa=isa)
     assert (result.counts.nan, result.counts.inf) == (1, 1)
     assert 0.01 < result.relative_error < 0.2
