@@ -89,18 +89,20 @@ class Journal:
     def __init__(self, folder: Path, who: dict[str, Any], *, restart: bool) -> None:
         self.path = folder / self.NAME
         self.finished = Finished()
-        lines = [] if restart else _lines(self.path)
+        lines, length = ([], 0) if restart else _lines(self.path)
         if lines:
             differences = _differences(lines[0], who, "")
             if differences:
                 raise InputError(_refusal(folder, differences))
             self._replay(lines[1:])
         try:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._fd, 0)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._fd, length)  # what is whole stays untouched: a kill here must not lose it
         except OSError as error:
             raise StorageError(error.errno, f"{self.path}: cannot be written: {error.strerror}") from error
-        self._append(who, *lines[1:])
+        self._who = who
+        if not lines:
+            self._append(who)
 
     def _replay(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -120,6 +122,12 @@ class Journal:
         counts, losses = ([asdict(row) for row in rows] for rows in (result.counts, result.losses))
         self._append({"segment": number, "counts": counts, "losses": losses})
 
+    def forget(self) -> None:
+        """Begin anew: what the journal speaks of is gone."""
+        self.finished = Finished()
+        os.ftruncate(self._fd, 0)
+        self._append(self._who)
+
     def _append(self, *lines: dict[str, Any]) -> None:
         data = "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8", "surrogatepass")
         try:
@@ -134,14 +142,14 @@ class Journal:
         os.close(self._fd)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the documents of a journal up to the first that was not written to its end; nothing where the first was
-    not."""
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the documents of a journal up to the first that was not written to its end, and their bytes; nothing where
+    that is the first of all."""
     try:
         data = path.read_bytes()
     except OSError:
-        return []
-    documents = []
+        return [], 0
+    documents, length = [], 0
     for line in data.split(b"\n")[:-1]:
         try:
             document = json.loads(line)
@@ -150,7 +158,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(document, dict):
             break
         documents.append(document)
-    return documents
+        length += len(line) + 1
+    return documents, length
 
 
 def _differences(then: Any, now: Any, where: str) -> list[str]:

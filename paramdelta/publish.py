@@ -43,6 +43,8 @@ class Staging:
             if not self.folder.is_dir():  # then what else is there speaks of another one
                 self.folder.mkdir()
                 self._clear_notes()
+            # An earlier run's notes are not this run's to lose, whatever becomes of it.
+            self._stays = any(self._notes())
         except BlockingIOError as error:
             raise StorageError(
                 error.errno, f"{self.target}: another merge is writing it (its folder {self.control} is locked)"
@@ -71,13 +73,16 @@ class Staging:
         with _storage_errors(self.control, "cannot be cleared"):
             self._clear_notes()
 
+    def _notes(self) -> Iterator[Path]:
+        return (entry for entry in self.control.iterdir() if entry not in (self.folder, self.control / _LOCK))
+
     def _clear_notes(self) -> None:
-        for entry in self.control.iterdir():
-            if entry not in (self.folder, self.control / _LOCK):
-                entry.unlink()
+        for entry in list(self._notes()):
+            entry.unlink()
 
     def forget_output(self) -> None:
         """Remove the output of an earlier run, and nothing else."""
+        self._stays = False
         with _storage_errors(self.folder, "cannot be cleared"):
             shutil.rmtree(self.folder)
             self.folder.mkdir()

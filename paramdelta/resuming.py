@@ -50,8 +50,10 @@ def carry_out(
         outputs = engine.create_outputs(plan.work, staging.folder)
         return engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress), 0
     with closing(Journal(staging.control, identity(plan), restart=restart)) as journal:
+        if journal.finished.segments and not _all_there(plan, staging):
+            journal.forget()
         done = journal.finished
-        if not done.segments and done.measured is None:
+        if not done.segments:
             staging.forget_output()
         outputs = engine.create_outputs(plan.work, staging.folder)
         before = NOTHING
@@ -61,12 +63,20 @@ def carry_out(
         elif work.unsettled:
             work, before = engine.settle(work, tensors=len(plan.names), options=options, on_progress=on_progress)
             journal.add_measured(before.measured)
+        if plan.work.unsettled:  # a pass over all inputs is worth keeping
+            staging.keep()
         segments = cut(work, limit)
         resumed = sum(segments[number].nbytes for number in done.segments)
         if resumed:
             staging.keep()
         noting = _Noting(journal, outputs, staging)
         return noting.run(segments, before, len(plan.names), options, on_progress), resumed
+
+
+def _all_there(plan: Plan, staging: Staging) -> bool:
+    """Whether the output files that a journal speaks of are there, at their size."""
+    files = [(staging.folder / name, size) for name, size in plan.work.outputs]
+    return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
 class _Noting:

@@ -135,6 +135,10 @@ def test_another_request_is_refused_and_says_why(tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match=r"request\.alphas: .*1\.0.* then, .*0\.5.* now[\s\S]*--restart"):
         paramdelta.merge(**folders, out=tmp_path / "out", alpha=0.5)
     paramdelta.merge(**folders, out=tmp_path / "other", alpha=0.5)
+    kept = digests(tmp_path / ".out.partial" / "output")
+    with pytest.raises(InputError):
+        paramdelta.merge(**folders, out=tmp_path / "out", max_shard_size=1 << 20)
+    assert digests(tmp_path / ".out.partial" / "output") == kept  # a refusal takes nothing away
     report = paramdelta.merge(**folders, out=tmp_path / "out", alpha=0.5, restart=True)
     assert report.resumed_bytes == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "other")
@@ -181,6 +185,27 @@ def test_a_journal_without_its_folder_is_worth_nothing(tmp_path: Path, monkeypat
     for file in partial.iterdir():
         file.unlink()
     partial.rmdir()
+    assert paramdelta.merge(**folders, out=tmp_path / "out").resumed_bytes == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_refused_merge_does_not_cost_the_unfinished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = write(tmp_path)
+    cut_short(monkeypatch, 3, **folders, out=tmp_path / "out")
+    with pytest.raises(InputError):
+        paramdelta.merge(**folders, out=tmp_path / "out", alpha=0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr("paramdelta.merging._SPARE_BYTES", 1 << 60)
+        with pytest.raises(StorageError, match=r"only .* are free"):
+            paramdelta.merge(**folders, out=tmp_path / "out")
+    assert paramdelta.merge(**folders, out=tmp_path / "out").resumed_bytes == 3 * SEGMENT
+
+
+def test_an_output_file_that_is_gone_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = write(tmp_path)
+    paramdelta.merge(**folders, out=tmp_path / "whole")
+    cut_short(monkeypatch, 5, **folders, out=tmp_path / "out")
+    (tmp_path / ".out.partial" / "output" / "model-00001-of-00002.safetensors").unlink()
     assert paramdelta.merge(**folders, out=tmp_path / "out").resumed_bytes == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
