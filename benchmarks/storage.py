@@ -1,4 +1,4 @@
-"""Merges on a disk, cold and hot, against a loop with the same reads and writes and no arithmetic, both by each way to storage.
+"""Merges on a disk, cold and hot, against a loop with the same reads and writes and no arithmetic.
 
 The bound is ``plain_io.cpp``: what the page cache gives at one request per processor, and what O_DIRECT gives at the
 depth of a merge. All contenders take turns; each ends with its output on disk.
