@@ -25,6 +25,7 @@ LAYERS = [
     ("merging",),
     ("resuming",),
     ("journal",),
+    ("shares",),
     ("segments", "publish", "report"),
     ("engine",),
     ("plan",),
