@@ -26,7 +26,7 @@ from paramdelta.plan.work import Work
 from paramdelta.segments import ITEMS, pieces_of_spans, region_bytes, rows_of_units
 
 PAGE = 4096
-_SLACK = 256  # a border moves to the end of a region that is within this fraction of a rank's share
+_SLACK = 50  # a border moves to the end of a region that is within this fraction of a rank's share: fewer seams
 
 Column = NDArray[np.int64]
 _Strange = Callable[[Column, Column, Column], NDArray[np.bool_]]
