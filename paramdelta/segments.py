@@ -107,7 +107,8 @@ def rows_of_units(regions: Rows) -> NDArray[np.int64]:
     """Return the rows of a region that are quantised together, and are not to be cut apart."""
     whole = (regions["recipe"] >= 0) & (regions["given_file"] < 0)
     unit = np.where(whole, np.where(regions["grid_rows"] > 0, regions["grid_rows"], regions["rows"]), 1)
-    return np.maximum(np.minimum(unit, regions["rows"]), 1).astype(np.int64)
+    found: NDArray[np.int64] = np.maximum(np.minimum(unit, regions["rows"]), 1).astype(np.int64)
+    return found
 
 
 def _cut_regions(work: Work, limit: int) -> tuple[Rows, NDArray[np.int64]]:

@@ -230,53 +230,58 @@ def _dealt(line: _Line, world: int) -> _Pieces:
     rows = len(line.file)
     if not rows:
         return _Pieces(*(np.zeros(0, np.int64) for _ in range(5)))
+    place = _places(line)
+    borders = _borders(line, place, world)
+    # A group belongs to as many ranks' successor as there are borders at its start or before, within others.
+    starts = np.array([at for at, inside in borders if not inside], np.int64)
+    within = np.array([at for at, inside in borders if inside], np.int64)
+    rank = (np.searchsorted(starts, place, "right") + np.searchsorted(within, place, "left")).astype(np.int64)
+    row, first, end = np.arange(rows), line.first.copy(), line.end.copy()
+    extra: list[tuple[int, int, int, int]] = []
+    for at in np.unique(within).tolist():
+        one = int(np.flatnonzero(place == at)[0])
+        begin, stop = int(line.first[one]), int(line.end[one])
+        bounds = [*(begin + inside for where, inside in borders if where == at and inside), stop]
+        end[one] = bounds[0]
+        extra += [(one, a, b, int(rank[one]) + i) for i, (a, b) in enumerate(itertools.pairwise(bounds), 1) if a < b]
+    more = np.array(extra, np.int64).reshape(-1, 4)
+    columns = [np.concatenate([old, more[:, i]]) for i, old in enumerate((row, first, end, rank))]
+    return _Pieces(columns[0], columns[1], columns[2], columns[3], columns[3])
+
+
+def _places(line: _Line) -> Column:
+    """Return the position of each row's group in the order of the line."""
     _, group = np.unique(line.groups(), return_inverse=True)
     begins = np.full(int(group.max()) + 1, np.iinfo(np.int64).max)
     np.minimum.at(begins, group, line.begin)
     order = np.argsort(begins, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    place = place[group]  # of each row: the position of its group
-    costs = np.zeros(len(order), np.int64)
+    return place[group].astype(np.int64)
+
+
+def _borders(line: _Line, place: Column, world: int) -> list[tuple[int, int]]:
+    """Return where each rank but the first begins: before a group (its position, 0), or so many elements or matrix rows
+    into one."""
+    groups = int(place.max()) + 1
+    costs = np.zeros(groups, np.int64)
     np.add.at(costs, place, line.cost)
-    ends = np.cumsum(costs)
-    members = np.bincount(place)
-    only = np.zeros(len(order), np.int64)
-    only[place] = np.arange(rows)
-    cuttable = line.cuttable
-    total, borders = int(ends[-1]), []  # a border: (position of a group, elements or rows into it)
+    ends, members = np.cumsum(costs), np.bincount(place)
+    only = np.zeros(groups, np.int64)
+    only[place] = np.arange(len(place))
+    cuttable, total = line.cuttable, int(ends[-1])
+    borders = []
     for rank in range(1, world):
         target = total * rank // world
-        at = min(int(np.searchsorted(ends, target, "right")), len(order) - 1)
-        row, into, cost = int(only[at]), target - int(ends[at] - costs[at]), int(costs[at])
-        inside = 0
+        at = min(int(np.searchsorted(ends, target, "right")), groups - 1)
+        row, cost = int(only[at]), int(costs[at])
+        into, inside = target - int(ends[at]) + cost, 0
         if members[at] == 1 and cuttable[row] and cost:
             inside = _border(line, row, into, cost, slack=total // world // _SLACK)
-        elif 2 * into >= cost:
-            inside = int(line.size[row])
-        whole = members[at] > 1 or inside >= line.size[row]
-        borders.append((at + 1, 0) if inside and whole else (at, inside))
-    borders.sort()
-    starts = np.array([at for at, inside in borders if inside == 0], np.int64)
-    cuts: dict[int, list[int]] = {}
-    for at, inside in borders:
-        if inside:
-            cuts.setdefault(at, []).append(inside)
-    row, first, end = np.arange(rows), line.first.copy(), line.end.copy()
-    # Ranks that begin before a group: at its start, or within one before it.
-    inner = np.array(sorted(at for at, inside in borders if inside), np.int64)
-    rank = np.searchsorted(starts, place, "right") + np.searchsorted(inner, place, "left")
-    extra: list[tuple[int, int, int, int]] = []
-    for at, insides in cuts.items():
-        one = int(only[at])
-        bounds = [int(line.first[one]), *(int(line.first[one]) + inside for inside in insides), int(line.end[one])]
-        end[one] = bounds[1]
-        extra += [
-            (one, a, b, int(rank[one]) + i) for i, (a, b) in enumerate(itertools.pairwise(bounds[1:]), 1) if a < b
-        ]
-    more = np.array(extra, np.int64).reshape(-1, 4).T
-    row, first, end, rank = (np.concatenate(pair) for pair in zip((row, first, end, rank), more, strict=True))
-    return _Pieces(row, first, end, rank, rank)
+            borders.append((at, inside) if inside < line.size[row] else (at + 1, 0))
+        else:
+            borders.append((at + (2 * into >= cost), 0))
+    return sorted(borders)
 
 
 def _border(line: _Line, row: int, into: int, cost: int, *, slack: int) -> int:
@@ -318,7 +323,7 @@ def _without_seams(line: _Line, pieces: _Pieces, world: int) -> _Pieces:
         for page in (begin // PAGE, (stop - 1) // PAGE):
             at = np.minimum(np.searchsorted(shared, page), len(shared) - 1)
             found |= (shared[at] == page) & (owners[at] < rank) & (begin >= 0)
-        return found
+        return np.asarray(found)
 
     touched = strange(begin, stop, pieces.rank) | strange(scale_begin, scale_stop, pieces.rank)
     made = [pieces[~touched]]
