@@ -191,7 +191,7 @@ class _Line:
         """Which rows may have a border within: not those whose scales lie column by column."""
         across = (self.scale_cols - 1) * self.scale_across + self.scale_item
         in_rows = (self.scale_file < 0) | (self.scale_down >= across)
-        return in_rows & (self.unit < 0) & (self.size > self.unit_rows)
+        return np.asarray(in_rows & (self.unit < 0) & (self.size > self.unit_rows))
 
     def groups(self) -> Column:
         """Return the group of each row: the same number for rows that cannot go to different ranks."""
@@ -232,7 +232,7 @@ def _dealt(line: _Line, world: int) -> _Pieces:
         return _Pieces(*(np.zeros(0, np.int64) for _ in range(5)))
     place = _places(line)
     borders = _borders(line, place, world)
-    # A group belongs to as many ranks' successor as there are borders at its start or before, within others.
+    # Each border at the start of a group or before it, within others too, counts one rank on.
     starts = np.array([at for at, inside in borders if not inside], np.int64)
     within = np.array([at for at, inside in borders if inside], np.int64)
     rank = (np.searchsorted(starts, place, "right") + np.searchsorted(within, place, "left")).astype(np.int64)

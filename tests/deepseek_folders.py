@@ -1,5 +1,5 @@
-"""Folders laid out like DeepSeek-V3, 671 billion parameters in fp8 with scales of 128 × 128 blocks: real headers, no data
-behind them (sparse files)."""
+"""Folders laid out like DeepSeek-V3, 671 billion parameters in fp8 with scales of 128 × 128 blocks: real headers and
+no data behind them (sparse files)."""
 
 from __future__ import annotations
 

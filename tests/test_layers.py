@@ -22,7 +22,9 @@ LAYERS = [
     ("demo",),
     ("verification", "streaming"),
     ("recompute",),
-    ("merging",),
+    ("coordination",),
+    ("gathering",),
+    ("merging", "meeting"),
     ("resuming",),
     ("journal",),
     ("shares",),
@@ -37,6 +39,7 @@ LAYERS = [
     ("reference_codes",),
     ("reference",),
     ("formats",),
+    ("ranks",),
     ("dtypes", "errors", "_cpu"),
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

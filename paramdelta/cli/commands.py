@@ -25,6 +25,22 @@ Exit codes
 """
 
 
+_RANK_EXAMPLES = """
+\b
+Many processes
+  torchrun --nproc-per-node 4 -m paramdelta merge --post ... --out merged
+  srun -n 64 paramdelta merge --post ... --out merged && paramdelta finalize merged
+  paramdelta merge ... --rank 0 --world-size 2     and --rank 1 elsewhere, then finalize
+"""
+
+_FINALIZE_EXAMPLES = """
+\b
+Examples
+  srun -n 64 paramdelta merge --post ... --out merged
+  paramdelta finalize merged
+"""
+
+
 class _InOrder(click.Group):
     """Shows commands in the order of a session, not of the alphabet."""
 
@@ -46,7 +62,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(epilog=_RANK_EXAMPLES)
 @options.inputs(required=True)
 @click.option("--out", required=True, type=options.FOLDER, metavar="DIR", help="The folder to write.")
 @options.policies
@@ -55,6 +71,7 @@ def cli() -> None:
 @click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of continuing a merge that was cut short.")
+@options.ranks
 @options.output
 def merge(
     as_json: bool,
@@ -63,12 +80,28 @@ def merge(
     memory: str | None,
     isa: str | None,
     restart: bool,
+    rank: int | None,
+    world_size: int | None,
     **request: Any,
 ) -> None:
-    """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated."""
-    from paramdelta import merging
-    from paramdelta.cli import present, render
+    """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated.
 
+    Several processes can share the work: under torchrun, which also publishes, or as tasks of a scheduler, after which
+    `paramdelta finalize` publishes.
+    """
+    from paramdelta import merging
+    from paramdelta.cli import many, present, render
+
+    this = many.rank_of(rank, world_size)
+    if this is not None:
+        many.merge_as(
+            this,
+            lambda: present.merge_inputs(request, threads, memory, isa),
+            restart=restart,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
     merge_request, run_options = present.merge_inputs(request, threads, memory, isa)
     plan = merging.prepare(merge_request)
     if not as_json:
@@ -79,6 +112,32 @@ def merge(
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
+        present.merge_report(report)
+
+
+@cli.command(short_help="Publish what several ranks have merged.", epilog=_FINALIZE_EXAMPLES)
+@click.argument("out", type=options.FOLDER, metavar="OUT")
+@options.machine
+@click.option("--allow-nonfinite", is_flag=True, help="Publish even with NaN, Inf or overflow in the result.")
+@click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
+@options.output
+def finalize(
+    out: str, as_json: bool, quiet: bool, threads: int | None, memory: str | None, isa: str | None, **allowed: Any
+) -> None:
+    """Publish the folder OUT that the ranks of a merge have written, once all of them are done; say which are not."""
+    from paramdelta import gathering
+    from paramdelta.cli import present, render
+
+    run_options = present.engine_options(threads, memory, isa)
+    report = gathering.finalize(
+        out, threads=run_options.threads, memory=run_options.memory, isa=run_options.isa, **allowed
+    )
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    render.print_warnings(report.warnings)
+    if not quiet:
         present.merge_report(report)
 
 

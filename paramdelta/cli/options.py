@@ -155,6 +155,27 @@ def machine(function: F) -> F:
     )
 
 
+def ranks(function: F) -> F:
+    """Add the options that make this process one of several."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--rank",
+                type=click.IntRange(min=0),
+                metavar="R",
+                help="Do part R of --world-size parts. Default: what torchrun, Slurm or MPI put into the environment.",
+            ),
+            click.option(
+                "--world-size",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="How many processes share the merge; 1 for this one alone, whatever the environment says.",
+            ),
+        ],
+    )
+
+
 def output(function: F) -> F:
     """Add ``--json`` and ``--quiet``, which every command that writes or reports has."""
     return _apply(

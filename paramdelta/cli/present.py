@@ -23,7 +23,7 @@ from paramdelta.errors import Complaint, InputError, OperandError
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
     from paramdelta.plan import MergeRequest, Plan
-    from paramdelta.report import MergeReport
+    from paramdelta.report import MergeReport, RankReport
     from paramdelta.verification import VerifyReport
 
 _PROBE_BYTES = 256 << 20
@@ -37,19 +37,37 @@ def merge_inputs(
     InputError for both."""
     from paramdelta.engine import EngineOptions
     from paramdelta.plan import make_request
-    from paramdelta.plan.request import parse_size
 
     wrong: list[Complaint] = []
-    engine_options = EngineOptions(threads=threads, isa=isa)
+    run_options = EngineOptions()
     try:
-        if memory is not None:
-            size = parse_size(memory, option="--memory")
-            engine_options = EngineOptions(threads=threads, memory=size, isa=isa)
+        run_options = engine_options(threads, memory, isa)
     except InputError as error:
         wrong += error.complaints
+    return make_request(*wrong, **options), run_options
+
+
+def engine_options(threads: int | None, memory: str | None, isa: str | None) -> EngineOptions:
+    """Return the engine's options, ``memory`` as a size such as ``256MiB``, or raise InputError."""
+    from paramdelta.engine import EngineOptions
+    from paramdelta.plan.request import parse_size
+
+    size = None if memory is None else parse_size(memory, option="--memory")
+    try:
+        return EngineOptions(threads=threads, memory=size, isa=isa)
     except OperandError as error:
-        wrong.append(Complaint("--memory", str(error).removeprefix("memory: ")))
-    return make_request(*wrong, **options), engine_options
+        raise InputError(Complaint("--memory", str(error).removeprefix("memory: "))) from None
+
+
+def rank_report(report: RankReport) -> None:
+    """Print what closes the part of one rank."""
+    moved = f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"
+    if report.resumed_bytes:
+        moved += f", {human_bytes(report.resumed_bytes)} were there already"
+    say(
+        f"rank {report.rank} of {report.ranks} (from {report.source}) is done: {moved}, {human_seconds(report.seconds)}"
+    )
+    say(f"when all {report.ranks} are: paramdelta finalize {report.out}")
 
 
 def merge_report(report: MergeReport) -> None:
