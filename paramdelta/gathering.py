@@ -39,8 +39,8 @@ def merge_part(
     left; publish nothing.
 
     ``patience``: seconds to wait for an earlier run of this rank that is just ending. Raises InputError where the
-    folder holds another merge, or other ranks merge something else; StorageError as :func:`paramdelta.engine.run`, or where
-    this rank is running already.
+    folder holds another merge, or other ranks merge something else; StorageError as :func:`paramdelta.engine.run`,
+    or where this rank is running already.
     """
     started = time.perf_counter()
     out = plan.request.out
