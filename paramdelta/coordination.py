@@ -1,8 +1,11 @@
 """Coordinates the ranks of one job under torchrun: who failed, how far all are, what became of the merge.
 
 torch.distributed gives a key-value store and nothing else: no data, no collectives, so neither gloo nor NCCL is needed,
-and a rank that fails leaves nobody in a barrier. Each rank writes how it fares; all look whether one has failed. Under
-torchrun the store lives in its agent; each attempt to start the ranks has keys of its own.
+and a rank that fails leaves nobody in a barrier. Each rank writes how it fares; all look whether one has failed.
+
+Under torchrun the store lives in its agent and outlives the ranks: what killed ranks wrote there is still to be read,
+and each agent counts restarts for itself. So the ranks that run first find each other: each shows a number that only it
+has drawn, and rank 0 answers it with the name under which they all keep their keys.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -52,8 +56,8 @@ def coordinated(rank: Rank | None, environment: Mapping[str, str]) -> bool:
     )
 
 
-def attempt(environment: Mapping[str, str]) -> int:
-    """Return how often torchrun has restarted this job's ranks."""
+def restarts(environment: Mapping[str, str]) -> int:
+    """Return how often this machine's torchrun has restarted its ranks."""
     text = environment.get("TORCHELASTIC_RESTART_COUNT", "")
     return int(text) if text.isdecimal() else 0
 
@@ -63,19 +67,22 @@ class Company:
 
     def __init__(self, rank: Rank, document: Callable[[BaseException], dict[str, Any]]) -> None:
         self.rank, self._document = rank, document
-        self.spoke = False  # whether this rank was the first to fail, and should tell the user
+        self.restarts = 0  # of the ranks, since the job began
+        self.spoke = True  # whether this rank was the first to fail, and should tell the user
         self._looked = 0.0
         self._ended = threading.Event()
 
     def __enter__(self) -> Company:
-        from torch.distributed import Store, rendezvous  # type: ignore[attr-defined]
+        from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
         try:
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS)))
+            name, self.restarts = self._find_each_other(PrefixStore("paramdelta", store))
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise StorageError(f"{self.rank} does not reach the others at {address}: {error}") from error
-        self._store: Store = store
+        self._store: Store = PrefixStore(f"paramdelta/{name}", store)
+        self.spoke = False
         threading.Thread(target=self._live, daemon=True).start()
         return self
 
@@ -87,6 +94,35 @@ class Company:
         self.spoke = True
         with contextlib.suppress(RuntimeError):  # the store may be what failed
             self.spoke = self._store.compare_set(_FAILED, "", document) == document.encode()
+
+    def _find_each_other(self, store: Any) -> tuple[str, int]:
+        """Return the name of this gathering of ranks, and how often any of them was restarted."""
+        own, name = self.rank.number, secrets.token_hex(8)
+        deadline = time.monotonic() + _JOIN_SECONDS
+        others = [number for number in range(self.rank.world) if number != own]
+        drawn = secrets.token_hex(8)
+        if own:
+            store.set(f"hello/{own}", drawn)
+        welcomed = not own
+        while True:
+            if not own:
+                for number in others:
+                    if store.check([f"hello/{number}"]):
+                        store.set(f"welcome/{number}", store.get(f"hello/{number}").decode() + name)
+                if all(store.check([f"{name}/joined/{number}"]) for number in others):
+                    counts = [int(store.get(f"{name}/joined/{number}")) for number in others]
+                    store.set(f"{name}/restarts", str(max([*counts, restarts(os.environ)])))
+                    welcomed = True
+            elif not welcomed and store.check([f"welcome/{own}"]):
+                answer = store.get(f"welcome/{own}").decode()
+                if answer.startswith(drawn):
+                    name, welcomed = answer.removeprefix(drawn), True
+                    store.set(f"{name}/joined/{own}", str(restarts(os.environ)))
+            if welcomed and store.check([f"{name}/restarts"]):
+                return name, int(store.get(f"{name}/restarts"))
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not all ranks were there within {_JOIN_SECONDS / 60:.0f} minutes")
+            time.sleep(_WAKE_SECONDS)
 
     def _live(self) -> None:
         """Give a sign of life now and then."""
@@ -132,9 +168,10 @@ class Company:
         return f"progress/{number}"
 
     def once(self, name: str, act: Callable[[], None]) -> None:
-        """Let rank 0 do something before any rank goes on."""
+        """Let rank 0 do something before any rank goes on, when the job begins; not when ranks are restarted."""
         if self.rank.number == 0:
-            act()
+            if not self.restarts:
+                act()
             with self._reaching():
                 self._store.set(name, "done")
         self._wait(lambda: self._has(name), [0])
@@ -154,9 +191,9 @@ class Company:
         conclude()
         with self._reaching():
             self._store.set(_OUTCOME, "published")
-        self.part(others)
+        self._part_from(others)
 
-    def part(self, others: set[int]) -> None:
+    def _part_from(self, others: set[int]) -> None:
         """Stay until the others know how it ended: the store may live in this process."""
         deadline = time.monotonic() + _PARTING_SECONDS
         left = set(others)

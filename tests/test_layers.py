@@ -27,6 +27,7 @@ LAYERS = [
     ("merging", "meeting"),
     ("resuming",),
     ("journal",),
+    ("forecast",),
     ("shares",),
     ("segments", "publish", "report"),
     ("engine",),

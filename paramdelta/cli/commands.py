@@ -33,6 +33,14 @@ Many processes
   paramdelta merge ... --rank 0 --world-size 2     and --rank 1 elsewhere, then finalize
 """
 
+_PLAN_EXAMPLES = """
+\b
+Examples
+  paramdelta plan --post ... --base ... --new-base ...
+  paramdelta plan ... --ranks 64 --ranks-per-node 8 \\
+                  --read-speed 200GB/s --write-speed 100GB/s --link-speed 50GB/s
+"""
+
 _FINALIZE_EXAMPLES = """
 \b
 Examples
@@ -141,25 +149,48 @@ def finalize(
         present.merge_report(report)
 
 
-@cli.command(short_help="Say what a merge would do; write nothing.")
+@cli.command(short_help="Say what a merge would do; write nothing.", epilog=_PLAN_EXAMPLES)
 @options.inputs(required=True)
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="The folder that would be written.")
 @options.policies
 @click.option("--overwrite", is_flag=True, help="Plan to replace the output folder.")
+@options.cluster
 @options.output
-def plan(as_json: bool, quiet: bool, **request: Any) -> None:
-    """Say what a merge would do: tensors, bytes, files, policies, and a lower bound of its time. Writes nothing."""
+def plan(
+    as_json: bool,
+    quiet: bool,
+    ranks: int | None,
+    ranks_per_node: int,
+    read_speed: str | None,
+    write_speed: str | None,
+    link_speed: str | None,
+    memory_speed: str | None,
+    **request: Any,
+) -> None:
+    """Say what a merge would do: tensors, bytes, files, policies, and a lower bound of its time. Writes nothing.
+
+    With --ranks also how the work would be split, and with speeds the least time they allow.
+    """
     from paramdelta import merging
     from paramdelta.cli import present, render
     from paramdelta.plan import make_request
 
+    speeds = present.speeds(read_speed, write_speed, link_speed, memory_speed, ranks_per_node)
     made = merging.prepare(make_request(**request))
+    document, split = made.describe(), None
+    if ranks is not None or speeds is not None:
+        from paramdelta import forecast
+
+        split = forecast.forecast(made, ranks or 1, speeds)
+        document["split"] = forecast.describe(made, split)
     if as_json:
-        click.echo(json.dumps(made.describe(), indent=2))
+        click.echo(json.dumps(document, indent=2))
         return
     render.print_warnings(made.warnings)
     if not quiet:
         present.plan(made)
+        if split is not None:
+            present.split(split)
 
 
 @cli.command(short_help="Show what a checkpoint folder holds.")

@@ -83,14 +83,14 @@ def _in_company(
     try:
         with company:
             request, options = inputs()
-            again = coordination.attempt(os.environ)
-            if restart and not again:
+            again = bool(company.restarts)
+            if restart:
                 from paramdelta.meeting import discard
 
                 assert request.out is not None
                 out = request.out
                 company.once("discarded", lambda: discard(out))
-            plan = _prepared(request, rank, quiet=quiet or as_json or bool(again), warn=first and not as_json)
+            plan = _prepared(request, rank, quiet=quiet or as_json or again, warn=first and not as_json)
             total = plan.bytes_read + plan.bytes_written
             with render.progress(total, quiet=quiet or as_json or not first) as shown:
                 _part_and_end(company, plan, options, shown, outcome, patience=_PATIENCE_SECONDS if again else 0.0)
@@ -99,10 +99,10 @@ def _in_company(
             click.echo(json.dumps(error.document, indent=2))
         raise click.exceptions.Exit(error.exit_code) from None
     except ParamDeltaError as error:
-        if company.spoke and not as_json:
+        if company.spoke:  # here too with --json: torchrun may end rank 0 before it can print
             render.say(f"{rank}:", err=True)
             cli.report_error(error, as_json=False)
-        elif as_json and first:
+        if as_json and first:
             cli.report_error(error, as_json=True)
         raise click.exceptions.Exit(error.exit_code) from None
     for report in outcome:
