@@ -1,4 +1,4 @@
-"""How a merge would be split among ranks, and the least time that storage, links and memory of given speeds allow it."""
+"""How a merge would be split among ranks, and the least time that storage, links and memory allow it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LARGEST_WORLD = 1 << 20
 class Speeds:
     """Bytes per second, None where a speed is not known and does not count.
 
-    ``read`` and ``write``: what the storage gives to all ranks together, both at once. ``link``: what the network of one
-    node carries, in each direction. ``memory``: what the memory of one node carries, reads and writes together.
+    ``read`` and ``write``: what the storage gives to all ranks together, both at once. ``link``: what the network of
+    one node carries, in each direction. ``memory``: what the memory of one node carries, reads and writes together.
     ``ranks_per_node`` ranks, with neighbouring numbers, share a node.
     """
 
@@ -49,8 +49,8 @@ def forecast(plan: Plan, world: int, speeds: Speeds | None = None) -> Forecast:
         seconds ≥ max(read_all / read, written_all / write, max over nodes of max(read, written) / link,
                       max over nodes of (read + written) / memory)
 
-    Each byte crosses a link once, and memory at least once: where the page cache is used, or fast caches are small, it is
-    more. What is read twice to find a scale counts twice.
+    Each byte crosses a link once, and memory at least once: where the page cache is used, or fast caches are small,
+    it is more. What is read twice to find a scale counts twice.
     """
     speeds = speeds or Speeds()
     if not 1 <= world <= LARGEST_WORLD:

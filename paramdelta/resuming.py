@@ -46,10 +46,9 @@ def carry_out(
     """
     limit = segment_bytes()
     for path in rank_journals(staging.control):
-        if restart:
-            path.unlink()
-        else:
+        if not restart:
             check_same(path, identity(plan))
+        path.unlink()
     if plan.bytes_written <= limit and not (staging.control / Journal.NAME).exists():
         staging.clear()
         outputs = engine.create_outputs(plan.work, staging.folder)
