@@ -59,7 +59,7 @@ class Meeting:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._open.close()
-        if kind is not None and self._noted():
+        if kind is not None and not issubclass(kind, InputError) and self._noted():
             publish.kept.append(self.control)
 
     def _leave(self, lock: int) -> None:

@@ -1,4 +1,5 @@
-"""Ranks that torch.distributed coordinates without torchrun's agent, which would end them itself: rank 0 has the store."""
+"""Ranks that torch.distributed coordinates without torchrun's agent, which would end them itself: rank 0 holds the
+store."""
 
 from __future__ import annotations
 
