@@ -3,8 +3,10 @@ rank 0 publishes when all are done."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -124,10 +126,13 @@ def _part_and_end(
     """Do this rank's part, wait for the others, and publish on rank 0."""
     from paramdelta import gathering
 
+    started = time.perf_counter()
+
     def conclude() -> None:
         request = plan.request
         assert request.out is not None
-        outcome.append(gathering.finalize(request.out, threads=options.threads, memory=options.memory, isa=options.isa))
+        report = gathering.finalize(request.out, threads=options.threads, memory=options.memory, isa=options.isa)
+        outcome.append(dataclasses.replace(report, seconds=time.perf_counter() - started))
 
     gathering.merge_part(plan, company.rank, options=options, on_progress=company.watch(shown), patience=patience)
     company.finished(conclude, shown)
