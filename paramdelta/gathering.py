@@ -85,9 +85,7 @@ def merge_part(
 def finalize(
     out: str | Path,
     *,
-    threads: int | None = None,
-    memory: int | None = None,
-    isa: str | None = None,
+    options: engine.EngineOptions | None = None,
     on_progress: Progress | None = None,
     **allowed: Any,
 ) -> MergeReport:
@@ -100,7 +98,7 @@ def finalize(
     Parameters
     ----------
     out : the folder that the ranks were given
-    threads, memory, isa, on_progress : as in :func:`paramdelta.merge`, for the rows at the borders
+    options, on_progress : for the rows at the borders
     **allowed : ``allow_nonfinite``, ``max_quant_error``, ``overwrite``, where another value is to hold than the ranks
         were given
 
@@ -120,7 +118,6 @@ def finalize(
         staging.keep()
         ranks = _finished(staging.control, world)
         plan = _plan(target, staging.control, world, ranks, allowed)
-        options = engine.EngineOptions(threads=threads, memory=memory, isa=isa)
         check_space(plan, staging.folder)
         result = _written_seam(plan, staging.folder, ranks, options, on_progress)
         resumed = sum(int(rank.totals["resumed_bytes"]) for rank in ranks if rank.totals)
@@ -192,7 +189,7 @@ def _plan(target: Path, control: Path, world: int, ranks: list[Finished], allowe
 
 
 def _written_seam(
-    plan: Plan, folder: Path, ranks: list[Finished], options: engine.EngineOptions, on_progress: Progress | None
+    plan: Plan, folder: Path, ranks: list[Finished], options: engine.EngineOptions | None, on_progress: Progress | None
 ) -> engine.RunResult:
     """Write the rows at the borders between ranks; return what all ranks and this process did."""
     seam = Shares(plan.work, len(ranks)).seam

@@ -17,6 +17,7 @@ from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, T
 from paramdelta.errors import StorageError
 from paramdelta.journal import Journal, check_same, identity, rank_journals
 from paramdelta.segments import SEGMENT_BYTES, Segment, cut
+from paramdelta.storage import Trial
 
 if TYPE_CHECKING:
     from paramdelta.plan import Plan, Work
@@ -114,13 +115,23 @@ class Noting:
         done = self.journal.finished
         results = [done.result()]
         total, noted = before, None
+        missing = [number for number in range(len(segments)) if number not in done.segments]
+        if not missing:
+            return joined(before, [done.result()])
+        trial = Trial(engine.paths_for(segments[0].work, self.outputs, options), len(missing))
         with ThreadPoolExecutor(max_workers=1) as background:
-            for number, segment in enumerate(segments):
-                if number in done.segments:
-                    continue
+            for number in missing:
+                segment, paths, earlier = segments[number], trial.next(), total
                 total = engine.carry_out(
-                    segment.work, self.outputs, tensors=tensors, options=options, before=total, on_progress=on_progress
+                    segment.work,
+                    self.outputs,
+                    tensors=tensors,
+                    options=options,
+                    paths=paths,
+                    before=earlier,
+                    on_progress=on_progress,
                 )
+                trial.tell(paths, total.bytes_read - earlier.bytes_read, total.seconds - earlier.seconds)
                 results.append(total)
                 _wait(noted)
                 noted = background.submit(self.note, number, segment, total)
@@ -135,6 +146,7 @@ class Noting:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.fdatasync(fd)
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what is on disk need not stay in memory
                 finally:
                     os.close(fd)
             except OSError as error:

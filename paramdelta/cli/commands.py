@@ -85,8 +85,9 @@ def merge(
     as_json: bool,
     quiet: bool,
     threads: int | None,
-    memory: str | None,
+    memory: str,
     isa: str | None,
+    io: str,
     restart: bool,
     rank: int | None,
     world_size: int | None,
@@ -104,13 +105,13 @@ def merge(
     if this is not None:
         many.merge_as(
             this,
-            lambda: present.merge_inputs(request, threads, memory, isa),
+            lambda: present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io),
             restart=restart,
             as_json=as_json,
             quiet=quiet,
         )
         return
-    merge_request, run_options = present.merge_inputs(request, threads, memory, isa)
+    merge_request, run_options = present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io)
     plan = merging.prepare(merge_request)
     if not as_json:
         render.print_warnings(plan.warnings)
@@ -131,16 +132,21 @@ def merge(
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
 @options.output
 def finalize(
-    out: str, as_json: bool, quiet: bool, threads: int | None, memory: str | None, isa: str | None, **allowed: Any
+    out: str,
+    as_json: bool,
+    quiet: bool,
+    threads: int | None,
+    memory: str,
+    isa: str | None,
+    io: str,
+    **allowed: Any,
 ) -> None:
     """Publish the folder OUT that the ranks of a merge have written, once all of them are done; say which are not."""
     from paramdelta import gathering
     from paramdelta.cli import present, render
 
-    run_options = present.engine_options(threads, memory, isa)
-    report = gathering.finalize(
-        out, threads=run_options.threads, memory=run_options.memory, isa=run_options.isa, **allowed
-    )
+    run_options = present.engine_options(memory, threads=threads, isa=isa, io=io)
+    report = gathering.finalize(out, options=run_options, **allowed)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return

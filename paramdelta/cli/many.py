@@ -131,7 +131,7 @@ def _part_and_end(
     def conclude() -> None:
         request = plan.request
         assert request.out is not None
-        report = gathering.finalize(request.out, threads=options.threads, memory=options.memory, isa=options.isa)
+        report = gathering.finalize(request.out, options=options)
         outcome.append(dataclasses.replace(report, seconds=time.perf_counter() - started))
 
     gathering.merge_part(plan, company.rank, options=options, on_progress=company.watch(shown), patience=patience)

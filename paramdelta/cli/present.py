@@ -32,31 +32,29 @@ _WORST_SHOWN = 5
 _RANKS_SHOWN = 64
 
 
-def merge_inputs(
-    options: dict[str, Any], threads: int | None, memory: str | None, isa: str | None
-) -> tuple[MergeRequest, EngineOptions]:
-    """Return the request and the engine's options of a merge (``memory`` as a size such as ``256MiB``), or raise one
-    InputError for both."""
+def merge_inputs(options: dict[str, Any], *, memory: str, **machine: Any) -> tuple[MergeRequest, EngineOptions]:
+    """Return the request and the engine's options of a merge (``memory``: ``auto``, or a size such as ``256MiB``), or
+    raise one InputError for both."""
     from paramdelta.engine import EngineOptions
     from paramdelta.plan import make_request
 
     wrong: list[Complaint] = []
     run_options = EngineOptions()
     try:
-        run_options = engine_options(threads, memory, isa)
+        run_options = engine_options(memory, **machine)
     except InputError as error:
         wrong += error.complaints
     return make_request(*wrong, **options), run_options
 
 
-def engine_options(threads: int | None, memory: str | None, isa: str | None) -> EngineOptions:
-    """Return the engine's options, ``memory`` as a size such as ``256MiB``, or raise InputError."""
+def engine_options(memory: str, **machine: Any) -> EngineOptions:
+    """Return the engine's options, ``memory`` as ``auto`` or a size such as ``256MiB``, or raise InputError."""
     from paramdelta.engine import EngineOptions
     from paramdelta.plan.request import parse_size
 
-    size = None if memory is None else parse_size(memory, option="--memory")
+    size = None if memory == "auto" else parse_size(memory, option="--memory")
     try:
-        return EngineOptions(threads=threads, memory=size, isa=isa)
+        return EngineOptions(memory=size, **machine)
     except OperandError as error:
         raise InputError(Complaint("--memory", str(error).removeprefix("memory: "))) from None
 
@@ -86,6 +84,7 @@ def merge_report(report: MergeReport) -> None:
             f"{count(report.threads, 'thread')}, {report.isa}, "
             f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
         ),
+        ("storage", "; ".join(f"{_files(ways)} {what}" for what, ways in report.io.items() if ways)),
     ]
     if report.resumed_bytes:
         rows.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
@@ -96,6 +95,14 @@ def merge_report(report: MergeReport) -> None:
     print_table("merged", rows)
     if report.quantised:
         _quantised_table(report)
+
+
+_WAYS = {"cached": "in the page cache", "passing": "through the page cache", "direct": "past the page cache"}
+
+
+def _files(ways: dict[str, int]) -> str:
+    """Return how many files were reached which way: ``3 files past the page cache``."""
+    return ", ".join(f"{count(n, 'file')} {_WAYS[way]}" for way, n in ways.items())
 
 
 def _formats(policies: dict[str, Any]) -> str:
