@@ -25,6 +25,7 @@ from paramdelta.errors import (
 
 if TYPE_CHECKING:
     from paramdelta import ops, reference
+    from paramdelta.gathering import finalize
     from paramdelta.merging import merge
     from paramdelta.report import MergeReport
     from paramdelta.streaming import stream
@@ -37,6 +38,7 @@ _LAZY = {
     "merge": "paramdelta.merging",
     "stream": "paramdelta.streaming",
     "verify": "paramdelta.verification",
+    "finalize": "paramdelta.gathering",
     "MergeReport": "paramdelta.report",
     "ops": "",
     "reference": "",
@@ -55,6 +57,7 @@ __all__ = [
     "PrecisionError",
     "StorageError",
     "__version__",
+    "finalize",
     "merge",
     "ops",
     "reference",

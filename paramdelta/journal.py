@@ -11,17 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import paramdelta
-from paramdelta.engine import TensorCounts, TensorLoss
+from paramdelta.engine import NOTHING, RunResult, TensorCounts, TensorLoss
 from paramdelta.errors import Complaint, InputError, StorageError, shown
 
 if TYPE_CHECKING:
     from paramdelta.checkpoint import Checkpoint
-    from paramdelta.engine import RunResult
     from paramdelta.plan import Plan
 
 VERSION = 1
@@ -38,12 +37,19 @@ class Finished:
     counts: list[TensorCounts] = field(default_factory=list)
     losses: list[TensorLoss] = field(default_factory=list)
     measured: list[tuple[float, bool]] | None = None
+    sources: dict[str, Any] | None = None  # a rank's: where inputs lie, and what may be published
+    totals: dict[str, Any] | None = None  # a rank's, once its part is done
+
+    def result(self) -> RunResult:
+        """Return what the finished segments counted and lost."""
+        return replace(NOTHING, counts=tuple(self.counts), losses=tuple(self.losses))
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
     """Return what must be the same for a merge to be continued. Raises StorageError where an input cannot be read."""
     return {
         "version": VERSION,
+        "ranks": ranks,
         "paramdelta": paramdelta.__version__,
         "request": plan.request.to_dict(),
         "inputs": {
@@ -82,19 +88,20 @@ def _digest(plan: Plan) -> str:
 
 
 class Journal:
-    """The journal in ``folder``, new or continued. ``finished`` is what it said when it was opened."""
+    """The journal in ``folder``, new or continued. ``finished`` is what it said when it was opened. Each rank has
+    one of its own, under the name that :func:`rank_name` gives."""
 
     NAME = "journal"
 
-    def __init__(self, folder: Path, who: dict[str, Any], *, restart: bool) -> None:
-        self.path = folder / self.NAME
+    def __init__(self, folder: Path, who: dict[str, Any], *, restart: bool, name: str = NAME) -> None:
+        self.path = folder / name
         self.finished = Finished()
-        lines, length = ([], 0) if restart else _lines(self.path)
+        lines, length = ([], 0) if restart else read_lines(self.path)
         if lines:
             differences = _differences(lines[0], who, "")
             if differences:
                 raise InputError(_refusal(folder, differences))
-            self._replay(lines[1:])
+            self.finished = replay(lines[1:])
         try:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             os.ftruncate(self._fd, length)  # what is whole stays untouched: a kill here must not lose it
@@ -104,15 +111,6 @@ class Journal:
         if not lines:
             self._append(who)
 
-    def _replay(self, lines: list[dict[str, Any]]) -> None:
-        for line in lines:
-            if "measured" in line:
-                self.finished.measured = [(amax, touched) for amax, touched in line["measured"]]
-            else:
-                self.finished.segments.add(line["segment"])
-                self.finished.counts += [TensorCounts(**c) for c in line["counts"]]
-                self.finished.losses += [TensorLoss(**c) for c in line["losses"]]
-
     def add_measured(self, measured: tuple[tuple[float, bool], ...]) -> None:
         """Note what the measuring pass found."""
         self._append({"measured": [[float(amax), bool(touched)] for amax, touched in measured]})
@@ -121,6 +119,14 @@ class Journal:
         """Note that a segment is on disk; its files must be synced already."""
         counts, losses = ([asdict(row) for row in rows] for rows in (result.counts, result.losses))
         self._append({"segment": number, "counts": counts, "losses": losses})
+
+    def add_sources(self, sources: dict[str, Any]) -> None:
+        """Note what whoever publishes needs to know beside the request."""
+        self._append({"sources": sources})
+
+    def add_totals(self, totals: dict[str, Any]) -> None:
+        """Note that everything is done, and what it took."""
+        self._append({"totals": totals})
 
     def forget(self) -> None:
         """Begin anew: what the journal speaks of is gone."""
@@ -142,7 +148,43 @@ class Journal:
         os.close(self._fd)
 
 
-def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def replay(lines: list[dict[str, Any]]) -> Finished:
+    """Return what the lines behind the first say."""
+    finished = Finished()
+    for line in lines:
+        if "measured" in line:
+            finished.measured = [(amax, touched) for amax, touched in line["measured"]]
+        elif "sources" in line:
+            finished.sources = line["sources"]
+        elif "totals" in line:
+            finished.totals = line["totals"]
+        else:
+            finished.segments.add(line["segment"])
+            finished.counts += [TensorCounts(**c) for c in line["counts"]]
+            finished.losses += [TensorLoss(**c) for c in line["losses"]]
+    return finished
+
+
+def rank_name(rank: int, world: int) -> str:
+    """Return the name of a rank's journal."""
+    return f"{Journal.NAME}-{rank}-of-{world}"
+
+
+def rank_journals(folder: Path) -> list[Path]:
+    """Return the journals of ranks in a folder that hold anything."""
+    found = folder.glob(f"{Journal.NAME}-*-of-*")
+    return sorted(path for path in found if path.stat().st_size)
+
+
+def check_same(path: Path, who: dict[str, Any], remedy: str = "") -> None:
+    """Raise InputError where a journal speaks of another merge."""
+    lines, _ = read_lines(path)
+    differences = _differences(lines[0], who, "") if lines else []
+    if differences:
+        raise InputError(_refusal(path.parent, differences, remedy))
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the documents of a journal up to the first that was not written to its end, and their bytes; nothing where
     that is the first of all."""
     try:
@@ -178,11 +220,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _refusal(folder: Path, differences: list[str]) -> Complaint:
+def _refusal(folder: Path, differences: list[str], remedy: str = "") -> Complaint:
     listed = "".join(f"\n      {line}" for line in differences[:_MOST_SHOWN])
     more = f"\n      and {len(differences) - _MOST_SHOWN} more" if len(differences) > _MOST_SHOWN else ""
     return Complaint(
         str(folder),
         f"holds an unfinished merge that differs from this one:{listed}{more}",
-        "repeat the command that was cut short to continue it; --restart discards it and begins anew",
+        remedy or "repeat the command that was cut short to continue it; --restart discards it and begins anew",
     )

@@ -116,14 +116,21 @@ def run_merge(
     if request.out is None:
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
     with Staging(request.out) as staging:
-        _check_space(plan, staging)
+        check_space(plan, staging.folder)
         result, resumed = resuming.carry_out(plan, staging, options=options, restart=restart, on_progress=on_progress)
-        write_files(staging.folder, plan.written_files())
-        nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
-        lossy = _too_lossy(quantised, request.max_quant_error)
-        publishable = (not nonfinite or request.allow_nonfinite) and not lossy
-        if publishable:
-            staging.publish(overwrite=request.overwrite)
+        return conclude(plan, staging, result, resumed=resumed, started=started)
+
+
+def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed: int, started: float) -> MergeReport:
+    """Write the small files of a folder whose weights are done, and publish it where the result allows it."""
+    request = plan.request
+    assert request.out is not None
+    write_files(staging.folder, plan.written_files())
+    nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
+    lossy = _too_lossy(quantised, request.max_quant_error)
+    publishable = (not nonfinite or request.allow_nonfinite) and not lossy
+    if publishable:
+        staging.publish(overwrite=request.overwrite)
     report = MergeReport(
         out=request.out if publishable else None,
         parameters=plan.parameters,
@@ -150,13 +157,13 @@ def run_merge(
     return report
 
 
-def _check_space(plan: Plan, staging: Staging) -> None:
-    """Raise StorageError where the output does not fit, counting what an earlier run has written of it."""
-    there = sum(file.stat().st_blocks * 512 for file in staging.folder.iterdir())
+def check_space(plan: Plan, folder: Path) -> None:
+    """Raise StorageError where the output does not fit, counting what an earlier run has written to ``folder``."""
+    there = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
     needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES - there
-    free = shutil.disk_usage(staging.folder).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        raise StorageError(f"{staging.target.parent}: the output needs {needed:,} bytes, but only {free:,} are free")
+        raise StorageError(f"{folder.parent.parent}: the output needs {needed:,} bytes, but only {free:,} are free")
 
 
 def losses(plan: Plan, result: engine.RunResult) -> tuple[Quantised, ...]:

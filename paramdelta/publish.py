@@ -17,6 +17,7 @@ from paramdelta.errors import StorageError
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _LOCK = "lock"
+DOOR = "door"  # of ranks: only one at a time looks around and creates files
 
 # Folders that this process left for a later run to continue.
 kept: list[Path] = []
@@ -39,7 +40,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         try:
-            self._lock = _locked(self.control)
+            self._lock = locked(self.control)
             if not self.folder.is_dir():  # then what else is there speaks of another one
                 self.folder.mkdir()
                 self._clear_notes()
@@ -74,7 +75,7 @@ class Staging:
             self._clear_notes()
 
     def _notes(self) -> Iterator[Path]:
-        return (entry for entry in self.control.iterdir() if entry not in (self.folder, self.control / _LOCK))
+        return (entry for entry in self.control.iterdir() if entry.name not in (self.folder.name, _LOCK, DOOR))
 
     def _clear_notes(self) -> None:
         for entry in list(self._notes()):
@@ -119,13 +120,14 @@ class Staging:
         shutil.rmtree(old)
 
 
-def _locked(control: Path) -> int:
-    """Create a folder where there is none and lock it; return the descriptor that holds the lock."""
+def locked(control: Path, *, shared: bool = False) -> int:
+    """Create a folder where there is none and lock it, alone or with others that share it; return the descriptor that
+    holds the lock. Raises BlockingIOError where somebody else has locked it."""
     while True:
         control.mkdir(exist_ok=True)
         fd = os.open(control / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if os.fstat(fd).st_ino == os.stat(control / _LOCK).st_ino:
                 return fd
         except FileNotFoundError:

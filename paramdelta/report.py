@@ -77,3 +77,28 @@ class MergeReport:
             **fields,
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank of several did for a merge. The folder ``out`` is published when all are done.
+
+    ``source`` says where the rank's number comes from. Bytes and seconds are those of this rank; ``resumed_bytes`` of
+    its part of the output were there already.
+    """
+
+    out: Path
+    rank: int
+    ranks: int
+    source: str
+    bytes_read: int
+    bytes_written: int
+    resumed_bytes: int
+    seconds: float
+    threads: int
+    slot_bytes: int
+    isa: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {"version": JSON_VERSION, "kind": "rank", **asdict(self), "out": str(self.out)}

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from paramdelta import engine
 from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, TensorLoss
 from paramdelta.errors import StorageError
-from paramdelta.journal import Journal, identity
+from paramdelta.journal import Journal, check_same, identity, rank_journals
 from paramdelta.segments import SEGMENT_BYTES, Segment, cut
 from paramdelta.storage import Trial
 
 if TYPE_CHECKING:
-    from paramdelta.plan import Plan
+    from paramdelta.plan import Plan, Work
     from paramdelta.publish import Staging
 
 _SEGMENT_VARIABLE = "PARAMDELTA_SEGMENT_BYTES"  # smaller segments, for tests of what is otherwise large
@@ -46,12 +46,16 @@ def carry_out(
     this one (unless ``restart``), else as :func:`paramdelta.engine.run`.
     """
     limit = segment_bytes()
+    for path in rank_journals(staging.control):
+        if not restart:
+            check_same(path, identity(plan))
+        path.unlink()
     if plan.bytes_written <= limit and not (staging.control / Journal.NAME).exists():
         staging.clear()
         outputs = engine.create_outputs(plan.work, staging.folder)
         return engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress), 0
     with closing(Journal(staging.control, identity(plan), restart=restart)) as journal:
-        if journal.finished.segments and not _all_there(plan, staging):
+        if journal.finished.segments and not all_there(plan.work, staging.folder):
             journal.forget()
         done = journal.finished
         if not done.segments:
@@ -66,25 +70,39 @@ def carry_out(
             journal.add_measured(before.measured)
         if plan.work.unsettled:  # a pass over all inputs is worth keeping
             staging.keep()
-        segments = cut(work, limit)
-        resumed = sum(segments[number].nbytes for number in done.segments)
-        if resumed:
-            staging.keep()
-        noting = _Noting(journal, outputs, staging)
-        return noting.run(segments, before, len(plan.names), options, on_progress), resumed
+        noting = Noting(journal, outputs, staging.keep)
+        return in_segments(work, noting, before, len(plan.names), options, on_progress)
 
 
-def _all_there(plan: Plan, staging: Staging) -> bool:
+def in_segments(
+    work: Work,
+    noting: Noting,
+    before: RunResult,
+    tensors: int,
+    options: EngineOptions | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[RunResult, int]:
+    """Carry settled work out in segments, without those that the journal calls finished; return what was done, and how
+    many bytes of output were there already."""
+    segments = cut(work, segment_bytes())
+    resumed = sum(segments[number].nbytes for number in noting.journal.finished.segments)
+    if resumed:
+        noting.keep()
+    return noting.run(segments, before, tensors, options, on_progress), resumed
+
+
+def all_there(work: Work, folder: Path) -> bool:
     """Whether the output files that a journal speaks of are there, at their size."""
-    files = [(staging.folder / name, size) for name, size in plan.work.outputs]
+    files = [(folder / name, size) for name, size in work.outputs]
     return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
-class _Noting:
-    """Runs segments, and syncs and notes each while the next one runs."""
+class Noting:
+    """Runs segments, and syncs and notes each while the next one runs. ``keep`` is called once there is something to
+    continue."""
 
-    def __init__(self, journal: Journal, outputs: Sequence[Path], staging: Staging) -> None:
-        self.journal, self.outputs, self.staging = journal, outputs, staging
+    def __init__(self, journal: Journal, outputs: Sequence[Path], keep: Callable[[], None]) -> None:
+        self.journal, self.outputs, self.keep = journal, outputs, keep
 
     def run(
         self,
@@ -95,9 +113,11 @@ class _Noting:
         on_progress: Callable[[int, int], None] | None,
     ) -> RunResult:
         done = self.journal.finished
-        results = [replace(NOTHING, counts=tuple(done.counts), losses=tuple(done.losses))]
+        results = [done.result()]
         total, noted = before, None
         missing = [number for number in range(len(segments)) if number not in done.segments]
+        if not missing:
+            return joined(before, [done.result()])
         trial = Trial(engine.paths_for(segments[0].work, self.outputs, options), len(missing))
         with ThreadPoolExecutor(max_workers=1) as background:
             for number in missing:
@@ -116,11 +136,7 @@ class _Noting:
                 _wait(noted)
                 noted = background.submit(self.note, number, segment, total)
             _wait(noted)
-        return replace(
-            total,
-            counts=tuple(_counts(results)),
-            losses=tuple(_losses(results)),
-        )
+        return joined(total, results)
 
     def note(self, number: int, segment: Segment, result: RunResult) -> None:
         """Sync the files of a segment, then say in the journal that it is finished."""
@@ -136,7 +152,7 @@ class _Noting:
             except OSError as error:
                 raise StorageError(error.errno, f"{path}: cannot be synced: {error.strerror}") from error
         self.journal.add_segment(number, result)
-        self.staging.keep()
+        self.keep()
 
 
 def _wait(noted: Future[None] | None) -> None:
@@ -144,7 +160,12 @@ def _wait(noted: Future[None] | None) -> None:
         noted.result()
 
 
-def _counts(results: list[RunResult]) -> list[TensorCounts]:
+def joined(total: RunResult, results: Sequence[RunResult]) -> RunResult:
+    """Return ``total`` with what all results together say of the tensors: those of segments, or of ranks."""
+    return replace(total, counts=tuple(_counts(results)), losses=tuple(_losses(results)))
+
+
+def _counts(results: Sequence[RunResult]) -> list[TensorCounts]:
     """Return the counts of all segments, one for each tensor."""
     totals: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
     for result in results:
@@ -155,7 +176,7 @@ def _counts(results: list[RunResult]) -> list[TensorCounts]:
     return [TensorCounts(tensor, *totals[tensor]) for tensor in sorted(totals)]
 
 
-def _losses(results: list[RunResult]) -> list[TensorLoss]:
+def _losses(results: Sequence[RunResult]) -> list[TensorLoss]:
     totals: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for result in results:
         for row in result.losses:

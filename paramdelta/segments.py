@@ -17,7 +17,7 @@ from paramdelta.plan.work import Rows, Work
 
 SEGMENT_BYTES = 1 << 30
 _PIECES = 8  # a segment ends within an eighth of its limit
-_ITEMS = np.array([max(d.bits // 8, 1) for d in DTYPES], np.int64)
+ITEMS = np.array([max(d.bits // 8, 1) for d in DTYPES], np.int64)  # bytes of an element, by DType.code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def cut(work: Work, limit: int = SEGMENT_BYTES) -> list[Segment]:
     piece = max(limit // _PIECES, 1)
     spans, terms = _cut_spans(work.spans, work.terms, piece)
     regions, scale_tensors = _cut_regions(work, piece)
-    sizes = np.concatenate([spans["count"] * _ITEMS[spans["out_dtype"]], _region_bytes(work, regions)])
+    sizes = np.concatenate([spans["count"] * ITEMS[spans["out_dtype"]], region_bytes(work, regions)])
     files = np.concatenate([spans["out_file"], regions["out_file"]])
     offsets = np.concatenate([spans["out_offset"], regions["out_offset"] + regions["first_row"] * regions["out_pitch"]])
     order = np.lexsort((offsets, files))
@@ -58,11 +58,11 @@ def cut(work: Work, limit: int = SEGMENT_BYTES) -> list[Segment]:
     return segments
 
 
-def _region_bytes(work: Work, regions: Rows) -> NDArray[np.int64]:
+def region_bytes(work: Work, regions: Rows) -> NDArray[np.int64]:
     """Return the bytes of codes or plain elements that regions write."""
     bits = np.array([CODEC_BITS[codec] for codec in CODECS], np.int64)
     of_codes = bits[work.recipes["codec"][regions["recipe"]]] if len(work.recipes) else 8
-    per_element = np.where(regions["recipe"] < 0, _ITEMS[regions["out_dtype"]] * 8, of_codes)
+    per_element = np.where(regions["recipe"] < 0, ITEMS[regions["out_dtype"]] * 8, of_codes)
     total: NDArray[np.int64] = (regions["end_row"] - regions["first_row"]) * regions["cols"] * per_element // 8
     return total
 
@@ -76,32 +76,46 @@ def _pieces(sizes: NDArray[np.int64], limit: int) -> tuple[NDArray[np.int64], ND
 
 
 def _cut_spans(spans: Rows, terms: Rows, limit: int) -> tuple[Rows, Rows]:
-    rows, within, counts = _pieces(spans["count"] * _ITEMS[spans["out_dtype"]], limit)
+    rows, within, counts = _pieces(spans["count"] * ITEMS[spans["out_dtype"]], limit)
+    whole = spans["count"][rows]
+    return pieces_of_spans(spans, terms, rows, whole * within // counts, whole * (within + 1) // counts)
+
+
+def pieces_of_spans(
+    spans: Rows, terms: Rows, rows: NDArray[np.int64], first: NDArray[np.int64], end: NDArray[np.int64]
+) -> tuple[Rows, Rows]:
+    """Return the elements ``first`` … ``end`` − 1 of the spans ``rows`` as spans, and the terms these refer to."""
     made = spans[rows].copy()
-    first = spans["count"][rows] * within // counts
-    made["count"] = spans["count"][rows] * (within + 1) // counts - first
-    made["out_offset"] += first * _ITEMS[made["out_dtype"]]
-    made["new_offset"] += np.where(made["new_file"] >= 0, first * _ITEMS[made["new_dtype"]], 0)
-    if len(rows) == len(spans):
+    whole = (first == 0) & (end == made["count"])
+    made["count"] = end - first
+    made["out_offset"] += first * ITEMS[made["out_dtype"]]
+    made["new_offset"] += np.where(made["new_file"] >= 0, first * ITEMS[made["new_dtype"]], 0)
+    if whole.all():
         return made, terms
     # Each piece has terms of its own, moved as far.
     own = np.repeat(np.arange(len(made)), made["n_terms"])
     numbers = np.arange(len(own)) - np.repeat(np.cumsum(made["n_terms"]) - made["n_terms"], made["n_terms"])
     moved = terms[made["first_term"][own] + numbers].copy()
     for role in ("post", "base"):
-        shift = first[own] * _ITEMS[moved[f"{role}_dtype"]]
+        shift = first[own] * ITEMS[moved[f"{role}_dtype"]]
         moved[f"{role}_offset"] += np.where(moved[f"{role}_file"] >= 0, shift, 0)
     made["first_term"] = np.cumsum(made["n_terms"]) - made["n_terms"]
     return made, moved
 
 
-def _cut_regions(work: Work, limit: int) -> tuple[Rows, NDArray[np.int64]]:
-    regions = work.regions
+def rows_of_units(regions: Rows) -> NDArray[np.int64]:
+    """Return the rows of a region that are quantised together, and are not to be cut apart."""
     whole = (regions["recipe"] >= 0) & (regions["given_file"] < 0)
     unit = np.where(whole, np.where(regions["grid_rows"] > 0, regions["grid_rows"], regions["rows"]), 1)
-    unit = np.maximum(np.minimum(unit, regions["rows"]), 1)
+    found: NDArray[np.int64] = np.maximum(np.minimum(unit, regions["rows"]), 1).astype(np.int64)
+    return found
+
+
+def _cut_regions(work: Work, limit: int) -> tuple[Rows, NDArray[np.int64]]:
+    regions = work.regions
+    unit = rows_of_units(regions)
     units = -(-(regions["end_row"] - regions["first_row"]) // unit)
-    wanted = -(-_region_bytes(work, regions) // limit)
+    wanted = -(-region_bytes(work, regions) // limit)
     rows, within, counts = _pieces(np.minimum(wanted, units), 1)
     made = regions[rows].copy()
     begin, end, unit, units = regions["first_row"][rows], regions["end_row"][rows], unit[rows], units[rows]

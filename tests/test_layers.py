@@ -22,9 +22,13 @@ LAYERS = [
     ("demo",),
     ("verification", "streaming"),
     ("recompute",),
-    ("merging",),
+    ("coordination",),
+    ("gathering",),
+    ("merging", "meeting"),
     ("resuming",),
     ("journal",),
+    ("forecast",),
+    ("shares",),
     ("segments", "publish", "report"),
     ("engine",),
     ("plan",),
@@ -37,6 +41,7 @@ LAYERS = [
     ("reference_codes",),
     ("reference",),
     ("formats",),
+    ("ranks",),
     ("dtypes", "errors", "_cpu"),
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -25,6 +25,30 @@ Exit codes
 """
 
 
+_RANK_EXAMPLES = """
+\b
+Many processes
+  torchrun --nproc-per-node 4 -m paramdelta merge --post ... --out merged
+  srun -n 64 paramdelta merge --post ... --out merged && paramdelta finalize merged
+  paramdelta merge ... --rank 0 --world-size 2     and --rank 1 elsewhere, then finalize
+"""
+
+_PLAN_EXAMPLES = """
+\b
+Examples
+  paramdelta plan --post ... --base ... --new-base ...
+  paramdelta plan ... --ranks 64 --ranks-per-node 8 \\
+                  --read-speed 200GB/s --write-speed 100GB/s --link-speed 50GB/s
+"""
+
+_FINALIZE_EXAMPLES = """
+\b
+Examples
+  srun -n 64 paramdelta merge --post ... --out merged
+  paramdelta finalize merged
+"""
+
+
 class _InOrder(click.Group):
     """Shows commands in the order of a session, not of the alphabet."""
 
@@ -46,7 +70,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(epilog=_RANK_EXAMPLES)
 @options.inputs(required=True)
 @click.option("--out", required=True, type=options.FOLDER, metavar="DIR", help="The folder to write.")
 @options.policies
@@ -55,6 +79,7 @@ def cli() -> None:
 @click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of continuing a merge that was cut short.")
+@options.ranks
 @options.output
 def merge(
     as_json: bool,
@@ -64,12 +89,28 @@ def merge(
     isa: str | None,
     io: str,
     restart: bool,
+    rank: int | None,
+    world_size: int | None,
     **request: Any,
 ) -> None:
-    """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated."""
-    from paramdelta import merging
-    from paramdelta.cli import present, render
+    """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated.
 
+    Several processes can share the work: under torchrun, which also publishes, or as tasks of a scheduler, after which
+    `paramdelta finalize` publishes.
+    """
+    from paramdelta import merging
+    from paramdelta.cli import many, present, render
+
+    this = many.rank_of(rank, world_size)
+    if this is not None:
+        many.merge_as(
+            this,
+            lambda: present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io),
+            restart=restart,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
     merge_request, run_options = present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io)
     plan = merging.prepare(merge_request)
     if not as_json:
@@ -83,25 +124,79 @@ def merge(
         present.merge_report(report)
 
 
-@cli.command(short_help="Say what a merge would do; write nothing.")
+@cli.command(short_help="Publish what several ranks have merged.", epilog=_FINALIZE_EXAMPLES)
+@click.argument("out", type=options.FOLDER, metavar="OUT")
+@options.machine
+@click.option("--allow-nonfinite", is_flag=True, help="Publish even with NaN, Inf or overflow in the result.")
+@click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
+@options.output
+def finalize(
+    out: str,
+    as_json: bool,
+    quiet: bool,
+    threads: int | None,
+    memory: str,
+    isa: str | None,
+    io: str,
+    **allowed: Any,
+) -> None:
+    """Publish the folder OUT that the ranks of a merge have written, once all of them are done; say which are not."""
+    from paramdelta import gathering
+    from paramdelta.cli import present, render
+
+    run_options = present.engine_options(memory, threads=threads, isa=isa, io=io)
+    report = gathering.finalize(out, options=run_options, **allowed)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    render.print_warnings(report.warnings)
+    if not quiet:
+        present.merge_report(report)
+
+
+@cli.command(short_help="Say what a merge would do; write nothing.", epilog=_PLAN_EXAMPLES)
 @options.inputs(required=True)
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="The folder that would be written.")
 @options.policies
 @click.option("--overwrite", is_flag=True, help="Plan to replace the output folder.")
+@options.cluster
 @options.output
-def plan(as_json: bool, quiet: bool, **request: Any) -> None:
-    """Say what a merge would do: tensors, bytes, files, policies, and a lower bound of its time. Writes nothing."""
+def plan(
+    as_json: bool,
+    quiet: bool,
+    ranks: int | None,
+    ranks_per_node: int,
+    read_speed: str | None,
+    write_speed: str | None,
+    link_speed: str | None,
+    memory_speed: str | None,
+    **request: Any,
+) -> None:
+    """Say what a merge would do: tensors, bytes, files, policies, and a lower bound of its time. Writes nothing.
+
+    With --ranks also how the work would be split, and with speeds the least time they allow.
+    """
     from paramdelta import merging
     from paramdelta.cli import present, render
     from paramdelta.plan import make_request
 
+    speeds = present.speeds(read_speed, write_speed, link_speed, memory_speed, ranks_per_node)
     made = merging.prepare(make_request(**request))
+    document, split = made.describe(), None
+    if ranks is not None or speeds is not None:
+        from paramdelta import forecast
+
+        split = forecast.forecast(made, ranks or 1, speeds)
+        document["split"] = forecast.describe(made, split)
     if as_json:
-        click.echo(json.dumps(made.describe(), indent=2))
+        click.echo(json.dumps(document, indent=2))
         return
     render.print_warnings(made.warnings)
     if not quiet:
         present.plan(made)
+        if split is not None:
+            present.split(split)
 
 
 @cli.command(short_help="Show what a checkpoint folder holds.")

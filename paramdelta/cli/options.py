@@ -173,6 +173,52 @@ def machine(function: F) -> F:
     )
 
 
+def ranks(function: F) -> F:
+    """Add the options that make this process one of several."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--rank",
+                type=click.IntRange(min=0),
+                metavar="R",
+                help="Do part R of --world-size parts. Default: what torchrun, Slurm or MPI put into the environment.",
+            ),
+            click.option(
+                "--world-size",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="How many processes share the merge; 1 for this one alone, whatever the environment says.",
+            ),
+        ],
+    )
+
+
+def cluster(function: F) -> F:
+    """Add the options of ``plan`` that describe the machines several ranks would run on."""
+    speeds = {
+        "read": "What the storage reads for all ranks together, e.g. 50GB/s.",
+        "write": "What the storage writes for all ranks together.",
+        "link": "What the network of one node carries in each direction.",
+        "memory": "What the memory of one node carries, reads and writes together.",
+    }
+    return _apply(
+        function,
+        [
+            click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Show the split among N processes."),
+            click.option(
+                "--ranks-per-node",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                metavar="K",
+                help="How many of them share a node.",
+            ),
+            *(click.option(f"--{name}-speed", metavar="SPEED", help=text) for name, text in speeds.items()),
+        ],
+    )
+
+
 def output(function: F) -> F:
     """Add ``--json`` and ``--quiet``, which every command that writes or reports has."""
     return _apply(

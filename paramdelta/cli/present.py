@@ -22,12 +22,14 @@ from paramdelta.errors import Complaint, InputError, OperandError
 
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
+    from paramdelta.forecast import Forecast, Speeds
     from paramdelta.plan import MergeRequest, Plan
-    from paramdelta.report import MergeReport
+    from paramdelta.report import MergeReport, RankReport
     from paramdelta.verification import VerifyReport
 
 _PROBE_BYTES = 256 << 20
 _WORST_SHOWN = 5
+_RANKS_SHOWN = 64
 
 
 def merge_inputs(options: dict[str, Any], *, memory: str, **machine: Any) -> tuple[MergeRequest, EngineOptions]:
@@ -35,18 +37,37 @@ def merge_inputs(options: dict[str, Any], *, memory: str, **machine: Any) -> tup
     raise one InputError for both."""
     from paramdelta.engine import EngineOptions
     from paramdelta.plan import make_request
-    from paramdelta.plan.request import parse_size
 
     wrong: list[Complaint] = []
-    engine_options = EngineOptions(**machine)
+    run_options = EngineOptions()
     try:
-        if memory != "auto":
-            engine_options = EngineOptions(memory=parse_size(memory, option="--memory"), **machine)
+        run_options = engine_options(memory, **machine)
     except InputError as error:
         wrong += error.complaints
+    return make_request(*wrong, **options), run_options
+
+
+def engine_options(memory: str, **machine: Any) -> EngineOptions:
+    """Return the engine's options, ``memory`` as ``auto`` or a size such as ``256MiB``, or raise InputError."""
+    from paramdelta.engine import EngineOptions
+    from paramdelta.plan.request import parse_size
+
+    size = None if memory == "auto" else parse_size(memory, option="--memory")
+    try:
+        return EngineOptions(memory=size, **machine)
     except OperandError as error:
-        wrong.append(Complaint("--memory", str(error).removeprefix("memory: ")))
-    return make_request(*wrong, **options), engine_options
+        raise InputError(Complaint("--memory", str(error).removeprefix("memory: "))) from None
+
+
+def rank_report(report: RankReport) -> None:
+    """Print what closes the part of one rank."""
+    moved = f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"
+    if report.resumed_bytes:
+        moved += f", {human_bytes(report.resumed_bytes)} were there already"
+    say(
+        f"rank {report.rank} of {report.ranks} (from {report.source}) is done: {moved}, {human_seconds(report.seconds)}"
+    )
+    say(f"when all {report.ranks} are: paramdelta finalize {report.out}")
 
 
 def merge_report(report: MergeReport) -> None:
@@ -130,6 +151,45 @@ def plan(plan: Plan) -> None:
     files = ", ".join(f"{f.name} ({f.origin})" for f in plan.side_files)
     if files:
         print_rich(f"side files: {files}")
+
+
+def speeds(
+    read: str | None, write: str | None, link: str | None, memory: str | None, ranks_per_node: int
+) -> Speeds | None:
+    """Return the speeds that options spell (``50GB/s``), None where there are none. Raises InputError."""
+    from paramdelta.forecast import Speeds
+    from paramdelta.plan.request import parse_size
+
+    given = {"read": read, "write": write, "link": link, "memory": memory}
+    wrong: list[Complaint] = []
+    found: dict[str, int] = {}
+    for name, text in given.items():
+        try:
+            if text is not None:
+                found[name] = parse_size(text.strip().removesuffix("/s"), option=f"--{name}-speed")
+        except InputError as error:
+            wrong += error.complaints
+    if wrong:
+        raise InputError(wrong)
+    return Speeds(**found, ranks_per_node=ranks_per_node) if found else None
+
+
+def split(forecast: Forecast) -> None:
+    """Print how a merge would be split among ranks, and the least time it could take."""
+    rows = [
+        (str(s.rank), human_bytes(s.bytes_read), human_bytes(s.bytes_written), f"{len(s.files):,}")
+        for s in forecast.shares[:_RANKS_SHOWN]
+    ]
+    if len(forecast.shares) > _RANKS_SHOWN:
+        rows.append((f"and {len(forecast.shares) - _RANKS_SHOWN:,} more", "", "", ""))
+    seam = forecast.seam
+    rows.append(("borders", human_bytes(seam.bytes_read), human_bytes(seam.bytes_written), f"{len(seam.files):,}"))
+    print_columns("split", ("rank", "reads", "writes", "files"), rows)
+    moved = [s.bytes_read + s.bytes_written for s in forecast.shares]
+    say(f"the largest part is {max(moved) * len(moved) / max(sum(moved), 1):.3f} times the average")
+    if forecast.seconds is not None:
+        each = ", ".join(f"{name} {human_seconds(seconds)}" for name, seconds in forecast.bounds.items())
+        say(f"at least {human_seconds(forecast.seconds)} ({each})")
 
 
 def lower_bound(plan: Plan) -> str | None:

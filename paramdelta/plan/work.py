@@ -207,24 +207,27 @@ class Work:
 
     def bytes_read(self) -> int:
         """Return the bytes that carrying the work out reads; regions that are measured first count twice."""
+        return int(sum(rows.sum() for rows in self.reads()))
+
+    def reads(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the bytes that each span and each region reads; regions that are measured first count twice."""
         items = np.array([d.bits for d in DTYPES]) // 8
         spans, terms = self.spans, self.terms
-        total = int((spans["count"] * items[spans["new_dtype"]] * (spans["new_file"] >= 0)).sum())
-        counts = np.repeat(spans["count"], spans["n_terms"])
-        rows = terms[np.repeat(spans["first_term"], spans["n_terms"]) + _within(spans["n_terms"])]
+        of_spans = spans["count"] * items[spans["new_dtype"]] * (spans["new_file"] >= 0)
+        several = np.repeat(np.arange(len(spans)), spans["n_terms"])
+        rows = terms[spans["first_term"][several] + _within(spans["n_terms"])]
         for role in ("post", "base"):
-            total += int((counts * items[rows[f"{role}_dtype"]] * (rows[f"{role}_file"] >= 0)).sum())
+            read = spans["count"][several] * items[rows[f"{role}_dtype"]] * (rows[f"{role}_file"] >= 0)
+            np.add.at(of_spans, several, read)
         regions = self.regions
         times = 1 + (regions["unit"] >= 0)
-        total += int((times * self._view_bytes(regions, regions["new_view"])).sum())
+        of_regions = times * self._view_bytes(regions, regions["new_view"])
         several = np.repeat(np.arange(len(regions)), regions["n_terms"])
-        region_terms = self.region_terms[
-            np.repeat(regions["first_term"], regions["n_terms"]) + _within(regions["n_terms"])
-        ]
+        region_terms = self.region_terms[regions["first_term"][several] + _within(regions["n_terms"])]
         for role in ("post", "base"):
             read = self._view_bytes(regions[several], region_terms[f"{role}_view"])
-            total += int((times[several] * read).sum())
-        return total
+            np.add.at(of_regions, several, times[several] * read)
+        return of_spans, of_regions
 
     def _view_bytes(self, regions: Rows, numbers: NDArray[Any]) -> NDArray[np.int64]:
         """Return the bytes of codes and scales that regions read of views."""
