@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import math
 import shutil
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # A merge that fills the last byte of a file system leaves no room for its own metadata.
 _SPARE_BYTES = 16 << 20
 _MOST_LISTED = 20
+_PUT_BACK = "{}: a merge was cut short while it replaced this folder, which is there again as it was"
 
 
 def merge(
@@ -115,9 +117,18 @@ def run_merge(
     if request.out is None:
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
     with Staging(request.out) as staging:
+        if staging.put_back and not request.overwrite:
+            raise StorageError(_PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
         _check_space(plan, staging)
-        result, resumed = resuming.carry_out(plan, staging, options=options, restart=restart, on_progress=on_progress)
-        write_files(staging.folder, plan.written_files())
+        try:
+            result, resumed = resuming.carry_out(
+                plan, staging, options=options, restart=restart, on_progress=on_progress
+            )
+            write_files(staging.folder, plan.written_files())
+        except StorageError:
+            plan.check_inputs()  # a cause that says more than what it led to
+            raise
+        plan.check_inputs()
         nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
         lossy = _too_lossy(quantised, request.max_quant_error)
         publishable = (not nonfinite or request.allow_nonfinite) and not lossy
@@ -154,7 +165,8 @@ def _check_space(plan: Plan, staging: Staging) -> None:
     needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES - there
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
-        raise StorageError(f"{staging.target.parent}: the output needs {needed:,} bytes, but only {free:,} are free")
+        text = f"{staging.target.absolute().parent}: the output needs {needed:,} bytes, but only {free:,} are free"
+        raise StorageError(errno.ENOSPC, text)
 
 
 def losses(plan: Plan, result: engine.RunResult) -> tuple[Quantised, ...]:

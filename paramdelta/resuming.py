@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from paramdelta import engine
 from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, TensorLoss
-from paramdelta.errors import StorageError
+from paramdelta.errors import storage_errors
 from paramdelta.journal import Journal, identity
 from paramdelta.segments import SEGMENT_BYTES, Segment, cut
 
@@ -62,6 +62,7 @@ def carry_out(
             work = work.settled(done.measured)
         elif work.unsettled:
             work, before = engine.settle(work, tensors=len(plan.names), options=options, on_progress=on_progress)
+            plan.check_inputs()
             journal.add_measured(before.measured)
         if plan.work.unsettled:  # a pass over all inputs is worth keeping
             staging.keep()
@@ -69,7 +70,7 @@ def carry_out(
         resumed = sum(segments[number].nbytes for number in done.segments)
         if resumed:
             staging.keep()
-        noting = _Noting(journal, outputs, staging)
+        noting = _Noting(plan, journal, outputs, staging)
         return noting.run(segments, before, len(plan.names), options, on_progress), resumed
 
 
@@ -82,8 +83,8 @@ def _all_there(plan: Plan, staging: Staging) -> bool:
 class _Noting:
     """Runs segments, and syncs and notes each while the next one runs."""
 
-    def __init__(self, journal: Journal, outputs: Sequence[Path], staging: Staging) -> None:
-        self.journal, self.outputs, self.staging = journal, outputs, staging
+    def __init__(self, plan: Plan, journal: Journal, outputs: Sequence[Path], staging: Staging) -> None:
+        self.plan, self.journal, self.outputs, self.staging = plan, journal, outputs, staging
 
     def run(
         self,
@@ -114,17 +115,17 @@ class _Noting:
         )
 
     def note(self, number: int, segment: Segment, result: RunResult) -> None:
-        """Sync the files of a segment, then say in the journal that it is finished."""
+        """Sync the files of a segment, then say in the journal that it is finished. What was made from inputs that
+        changed meanwhile never is."""
         for file in segment.files:
             path = self.outputs[file]
-            try:
+            with storage_errors(path, "cannot be synced"):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.fdatasync(fd)
                 finally:
                     os.close(fd)
-            except OSError as error:
-                raise StorageError(error.errno, f"{path}: cannot be synced: {error.strerror}") from error
+        self.plan.check_inputs()
         self.journal.add_segment(number, result)
         self.staging.keep()
 

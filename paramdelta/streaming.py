@@ -62,6 +62,7 @@ def stream(
 
 def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:
     work, _ = engine.settle(plan.work, tensors=len(plan.names), options=options)
+    plan.check_inputs()
     ahead: _Batch | None = None
     groups = _grouped(plan, batch_bytes)
     try:
@@ -108,7 +109,10 @@ class _Batch:
         except BaseException:
             self._run.abandon()
             raise
-        counts = self._run.finish().counts
+        try:
+            counts = self._run.finish().counts
+        finally:
+            self._plan.check_inputs()  # no tensor is handed out that other files than the planned ones went into
         if counts and not self._plan.request.allow_nonfinite:
             rows = ", ".join(
                 f"{shown(self._plan.names[c.tensor])} ({c.nan} NaN, {c.inf} Inf, {c.overflow} overflow)" for c in counts

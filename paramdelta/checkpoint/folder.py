@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from paramdelta.checkpoint.header import Header, read_header
+from paramdelta.checkpoint.signature import Signature
 from paramdelta.checkpoint.table import TensorTable
 from paramdelta.errors import CheckpointError, Complaint, shown
 
@@ -27,13 +28,15 @@ _CONVERT = "convert: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').sav
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One safetensors file: its name in the folder, where it really lies, its size, and what its header says."""
+    """One safetensors file: its name in the folder, where it really lies, its size, and what its header says.
+    ``signature`` was taken before the header was read, so that no later change escapes it."""
 
     name: str
     path: Path
     size: int
     metadata: dict[str, str]
     digest: str
+    signature: Signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +232,12 @@ def _open_shard(folder: Path, name: str) -> tuple[ShardFile, Header]:
         _fail(str(path), "is not a regular file")
     header = read_header(path)
     shard = ShardFile(
-        name=name, path=path.resolve(), size=status.st_size, metadata=header.metadata, digest=header.digest
+        name=name,
+        path=path.resolve(),
+        size=status.st_size,
+        metadata=header.metadata,
+        digest=header.digest,
+        signature=Signature.of(status),
     )
     return shard, header
 

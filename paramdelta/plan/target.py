@@ -30,7 +30,11 @@ def _check(request: MergeRequest, out: Path) -> list[Complaint]:
         wrong.append(Complaint(str(out), f"its parent folder {parent} does not exist", f"mkdir -p {parent}"))
     elif not os.access(parent, os.W_OK | os.X_OK):
         wrong.append(Complaint(str(out), f"its parent folder {parent} cannot be written to"))
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():
+        wrong.append(
+            Complaint(str(out), f"is a symbolic link, to {os.readlink(out)}", "name the folder itself as --out")
+        )
+    elif out.exists() and not out.is_dir():
         wrong.append(Complaint(str(out), "exists and is not a folder", "name another --out"))
     elif out.is_dir() and not request.overwrite:
         wrong.append(Complaint(str(out), "exists already", "--overwrite replaces it, or name another --out"))
