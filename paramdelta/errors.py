@@ -111,14 +111,14 @@ class StorageError(ParamDeltaError, OSError):
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path, what: str) -> Iterator[None]:
+def storage_errors(path: Path, what: str, *, remedy: str = "") -> Iterator[None]:
     """Turn an OSError of the block into a StorageError ``PATH: WHAT: CAUSE``."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(error.errno, f"{path}: {what}: {error.strerror}") from error
+        raise StorageError(error.errno, f"{path}: {what}: {error.strerror}", remedy=remedy) from error
 
 
 class ResourceError(ParamDeltaError, RuntimeError):

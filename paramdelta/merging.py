@@ -125,7 +125,7 @@ def run_merge(
                 plan, staging, options=options, restart=restart, on_progress=on_progress
             )
             write_files(staging.folder, plan.written_files())
-        except StorageError:
+        except Exception:
             plan.check_inputs()  # a cause that says more than what it led to
             raise
         plan.check_inputs()

@@ -137,8 +137,9 @@ class Staging:
             self._stays = False
             published.append(self.target)
             parent = self.target.parent
+            unsure = f"is complete, but may be gone after a power cut: syncing {parent} failed"
             with storage_errors(
-                self.target, f"is complete, but may be gone after a power cut: syncing {parent} failed"
+                self.target, unsure, remedy=f"look at the system's log (dmesg), then: sync -f {parent}"
             ):
                 _sync(parent)
 

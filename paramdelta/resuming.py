@@ -44,6 +44,7 @@ def carry_out(
     A merge of one segment keeps no journal. Raises InputError where the folder holds an unfinished merge that is not
     this one (unless ``restart``), else as :func:`paramdelta.engine.run`.
     """
+    plan.check_inputs()
     limit = segment_bytes()
     if plan.bytes_written <= limit and not (staging.control / Journal.NAME).exists():
         staging.clear()
@@ -101,6 +102,7 @@ class _Noting:
             for number, segment in enumerate(segments):
                 if number in done.segments:
                     continue
+                self.plan.check_inputs()  # a file that became a pipe would block its opening for ever
                 total = engine.carry_out(
                     segment.work, self.outputs, tensors=tensors, options=options, before=total, on_progress=on_progress
                 )

@@ -99,6 +99,7 @@ class _Batch:
         allocate = _allocate_torch if framework == "pt" else _allocate_numpy
         pairs = [allocate(plan, tensor) for tensor in tensors]
         self._values = [value for value, _ in pairs]
+        plan.check_inputs()
         part = _into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
         self._run = engine.start(part, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 

@@ -32,7 +32,9 @@ def _check(request: MergeRequest, out: Path) -> list[Complaint]:
         wrong.append(Complaint(str(out), f"its parent folder {parent} cannot be written to"))
     if out.is_symlink():
         wrong.append(
-            Complaint(str(out), f"is a symbolic link, to {os.readlink(out)}", "name the folder itself as --out")
+            Complaint(
+                str(out), f"is a symbolic link, to {os.readlink(out)}", "name the folder itself, or name another --out"
+            )
         )
     elif out.exists() and not out.is_dir():
         wrong.append(Complaint(str(out), "exists and is not a folder", "name another --out"))

@@ -85,8 +85,8 @@ class Workshop:
         """Run a merge that must end in one error of these words and with this code. Return what it said."""
         done = self.merge(*rules, **options)
         said = str(done.stderr)
-        assert done.returncode == code, said
-        assert "Traceback" not in said
+        assert done.returncode == code, f"{done.returncode}: {said}"
+        assert "Traceback" not in said, said
         assert said.count("error: ") == (code != 130), said
         for words in saying:
             assert words in said, said

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faulty_runs import SHARDS, Workshop, digests
+from faulty_runs import ROLES, SHARDS, Workshop, digests
 
 OUTPUT = f".out.partial/output/{SHARDS[0]}"
 
@@ -63,8 +63,9 @@ def test_a_fault_ends_in_one_error_and_the_command_repeats(workshop: Workshop, f
     assert workshop.partial.exists() == kept  # what is left is told, what is told is left
     if kept:
         assert (workshop.partial / "journal").exists()
-    workshop.must_merge()
-    assert not workshop.partial.exists()
+        workshop.must_merge()
+        assert not workshop.partial.exists()
+    assert sorted(p.name for p in workshop.root.iterdir()) == sorted([*ROLES, *(["out"] if kept else [])])
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if "writing" in f.name], ids=lambda f: f.name)
@@ -103,7 +104,8 @@ def test_an_unsynced_parent_is_told_from_a_failed_merge(workshop: Workshop, tmp_
     assert text.count(parent) == 1  # it is the last sync
     before = text[: text.index(parent)].count("sync ")
     rules = f"sync {workshop.root} {before} -1 errno={errno.EIO}"
-    workshop.must_fail(rules, saying=["/out: is complete, but may be gone after a power cut"], out=workshop.root / "b")
+    saying = ["/b: is complete, but may be gone after a power cut", "sync -f"]
+    workshop.must_fail(rules, saying=saying, out=workshop.root / "b")
     assert digests(workshop.root / "b") == workshop.expected
 
 
