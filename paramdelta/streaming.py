@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from paramdelta import engine
-from paramdelta.errors import NonFiniteError, OperandError, shown
+from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
 
@@ -73,6 +73,9 @@ def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_by
             tensors = ready.finish()
             ahead = None if following is None else _Batch(plan, work, following, framework, options)
             yield from tensors
+    except (StorageError, ValueError):
+        plan.check_inputs()  # a cause that says more than what it led to
+        raise
     finally:
         if ahead is not None:
             ahead.abandon()
@@ -110,10 +113,8 @@ class _Batch:
         except BaseException:
             self._run.abandon()
             raise
-        try:
-            counts = self._run.finish().counts
-        finally:
-            self._plan.check_inputs()  # no tensor is handed out that other files than the planned ones went into
+        counts = self._run.finish().counts
+        self._plan.check_inputs()  # no tensor is handed out that other files than the planned ones went into
         if counts and not self._plan.request.allow_nonfinite:
             rows = ", ".join(
                 f"{shown(self._plan.names[c.tensor])} ({c.nan} NaN, {c.inf} Inf, {c.overflow} overflow)" for c in counts

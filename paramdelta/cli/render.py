@@ -152,5 +152,7 @@ def print_rich(renderable: Any) -> None:
     if sys.stdout is None:
         return
     width = None if sys.stdout.isatty() else 100
-    with contextlib.suppress(BrokenPipeError):
-        Console(width=width, highlight=False, markup=False).print(renderable)
+    console = Console(width=width, highlight=False, markup=False)
+    with console.capture() as captured:  # left to itself, rich ends the program where the reader has gone away
+        console.print(renderable)
+    say(captured.get().removesuffix("\n"))

@@ -69,10 +69,13 @@ class Workshop:
         **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Run a merge that meets ``rules``; a hang is a failure."""
-        environment = self.environment(*rules, segments=segments, log=log)
-        defaults: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        defaults: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "env": self.environment(*rules, segments=segments, log=log),
+        }
         command = self.command("--threads=2", *extra, out=out)
-        return subprocess.run(command, env=environment, text=True, timeout=TIMEOUT, **{**defaults, **options})
+        return subprocess.run(command, text=True, timeout=TIMEOUT, **{**defaults, **options})
 
     def must_merge(self, *rules: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a merge that must succeed, with the bytes it has without faults."""

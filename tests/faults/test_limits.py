@@ -1,0 +1,67 @@
+"""Limits of the process: files, sizes, memory, threads. Each ends in one error that names the limit."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+
+import pytest
+from faulty_runs import SHARDS, Workshop
+
+
+def limit(which: int, value: int) -> Callable[[], None]:
+    """Return what sets a limit in a process about to run a command."""
+    return lambda: resource.setrlimit(which, (value, value))
+
+
+def test_a_file_that_may_not_grow(workshop: Workshop) -> None:
+    """RLIMIT_FSIZE: the signal it sends (SIGXFSZ) must not kill the process without a word."""
+    said = workshop.must_fail(
+        saying=[f"output/{SHARDS[0]}: cannot be created: File too large", "ulimit -f", "--max-shard-size"],
+        preexec_fn=limit(resource.RLIMIT_FSIZE, 1 << 20),
+    )
+    assert not workshop.partial.exists()
+    assert not workshop.out.exists()
+    assert "continues" not in said
+
+
+def test_too_few_open_files(workshop: Workshop) -> None:
+    workshop.must_fail(
+        saying=["opens 8 files at once", "may open only 40", "ulimit -n"],
+        preexec_fn=limit(resource.RLIMIT_NOFILE, 40),
+    )
+    assert not workshop.partial.exists()
+
+
+def test_a_soft_limit_on_open_files_is_raised(workshop: Workshop) -> None:
+    def soft() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 4096))
+
+    workshop.must_merge(preexec_fn=soft)
+
+
+def test_too_little_memory_for_the_slots(workshop: Workshop) -> None:
+    extra = ["--memory=64GiB"]
+    saying = ["slots of 1,073,741,824 bytes could not be allocated", "--memory", "--threads"]
+    options = {"extra": [*extra, "--threads=40"], "preexec_fn": limit(resource.RLIMIT_AS, 16 << 30)}
+    workshop.must_fail(saying=saying, **options)
+    assert not workshop.partial.exists()
+
+
+@pytest.mark.parametrize("mib", [120, 200, 300])
+def test_too_little_memory_to_start(workshop: Workshop, mib: int) -> None:
+    """Where memory ends is not ours to choose: somewhere in an import, in a thread's stack, in the headers."""
+    done = workshop.merge(
+        preexec_fn=limit(resource.RLIMIT_AS, mib << 20), extra=["--threads=1"], env=no_threads(workshop)
+    )
+    if done.returncode == 0:
+        return
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "memory" in done.stderr
+    assert not workshop.out.exists()
+
+
+def no_threads(workshop: Workshop) -> dict[str, str]:
+    """OpenBLAS, which NumPy brings, takes memory for each of its threads when it is imported, and dies without it."""
+    return workshop.environment() | {"OPENBLAS_NUM_THREADS": "1"}
