@@ -77,9 +77,9 @@ class Staging:
             self.put_back = True
 
     def _remove_bare(self) -> None:
-        """Remove the temporary folder where it holds no more than the lock; release the lock."""
+        """Remove the temporary folder where it is ours and holds no more than the lock; release the lock."""
         with contextlib.suppress(OSError):
-            if set(os.listdir(self.control)) <= {_LOCK}:
+            if self.control.stat().st_uid == os.geteuid() and set(os.listdir(self.control)) <= {_LOCK}:
                 (self.control / _LOCK).unlink(missing_ok=True)
                 self.control.rmdir()
         if self._lock is not None:

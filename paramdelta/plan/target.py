@@ -29,7 +29,11 @@ def _check(request: MergeRequest, out: Path) -> list[Complaint]:
     if not parent.is_dir():
         wrong.append(Complaint(str(out), f"its parent folder {parent} does not exist", f"mkdir -p {parent}"))
     elif not os.access(parent, os.W_OK | os.X_OK):
-        wrong.append(Complaint(str(out), f"its parent folder {parent} cannot be written to"))
+        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        why = "it lies on a file system that is mounted read-only" if read_only else "its permissions forbid it"
+        wrong.append(
+            Complaint(str(out), f"its parent folder {parent} cannot be written to: {why}", "name another --out")
+        )
     if out.is_symlink():
         wrong.append(
             Complaint(

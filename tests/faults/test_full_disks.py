@@ -81,7 +81,7 @@ def test_space_that_vanishes_while_it_runs(workshop: Workshop, kind: str, tmp_pa
 
 def test_a_read_only_file_system(workshop: Workshop) -> None:
     lines = on_disk(workshop, "tmpfs", 48 * MIB, f"mount -o remount,ro {workshop.root / 'disk'}", "MERGE", "ls -A")
-    print(lines)
+    assert any("/disk cannot be written to: it lies on a file system that is mounted read-only" in x for x in lines)
     assert lines[-1] == "code=2"
 
 

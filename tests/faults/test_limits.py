@@ -48,6 +48,14 @@ def test_too_little_memory_for_the_slots(workshop: Workshop) -> None:
     assert not workshop.partial.exists()
 
 
+def test_too_little_memory_for_the_stacks_of_threads(workshop: Workshop) -> None:
+    """Some threads start, then one cannot: those that run are stopped, and nothing of them stays."""
+    extra = ["--threads=600", "--memory=80MiB"]
+    saying = ["600 threads could not be started: Resource temporarily unavailable", "--threads"]
+    workshop.must_fail(saying=saying, extra=extra, preexec_fn=limit(resource.RLIMIT_AS, 3 << 30))
+    assert not workshop.partial.exists()
+
+
 @pytest.mark.parametrize("mib", [120, 200, 300])
 def test_too_little_memory_to_start(workshop: Workshop, mib: int) -> None:
     """Where memory ends is not ours to choose: somewhere in an import, in a thread's stack, in the headers."""

@@ -93,7 +93,7 @@ def ordinary(workshop: Workshop) -> subprocess.CompletedProcess[str]:
         (SHARD, 0o000, [f"{SHARD}: cannot be read: Permission denied"]),
         ("base/config.json", 0o000, ["base/config.json: cannot be read: Permission denied"]),
         ("new_base", 0o000, ["/new_base: new_base cannot be read: Permission denied"]),
-        (".", 0o555, ["/out: its parent folder", "cannot be written to"]),
+        (".", 0o555, ["/out: its parent folder", "cannot be written to: its permissions forbid it"]),
     ],
     ids=["shard", "config", "folder", "parent"],
 )
