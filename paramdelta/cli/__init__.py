@@ -17,6 +17,7 @@ from paramdelta import JSON_VERSION
 from paramdelta.errors import EXIT_FAILED, InputError, ParamDeltaError, ResourceError, StorageError
 
 EXIT_INTERRUPTED = 130
+_NO_MEMORY = ("annot allocate memory", "failed to map segment")  # from the dynamic linker
 
 
 def main() -> NoReturn:
@@ -43,7 +44,7 @@ def main() -> NoReturn:
         # An interrupt within the start of an extension module comes out as its failure; so does a lack of memory.
         if signals:
             _end_interrupted()
-        if "annot allocate memory" not in str(error):
+        if not any(words in str(error) for words in _NO_MEMORY):
             raise
         code = _report_no_memory(as_json=as_json)
     except MemoryError:

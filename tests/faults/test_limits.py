@@ -56,7 +56,7 @@ def test_too_little_memory_for_the_stacks_of_threads(workshop: Workshop) -> None
     assert not workshop.partial.exists()
 
 
-@pytest.mark.parametrize("mib", [120, 200, 300])
+@pytest.mark.parametrize("mib", [48, 60, 80, 100])
 def test_too_little_memory_to_start(workshop: Workshop, mib: int) -> None:
     """Where memory ends is not ours to choose: somewhere in an import, in a thread's stack, in the headers."""
     done = workshop.merge(
