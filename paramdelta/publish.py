@@ -86,14 +86,17 @@ class Staging:
             os.close(self._lock)
 
     def __exit__(self, *_: object) -> None:
-        if self._stays:
-            kept.append(self.control)
-        else:
-            shutil.rmtree(self.control, ignore_errors=True)
-            if self.control.exists():
-                stuck.append(self.control)
-        if self._lock is not None:
-            os.close(self._lock)
+        try:
+            with _undisturbed():
+                if self._stays:
+                    kept.append(self.control)
+                    return
+                shutil.rmtree(self.control, ignore_errors=True)
+                if self.control.exists():
+                    stuck.append(self.control)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
 
     def keep(self) -> None:
         """Leave the folder where it is when this run ends without publishing it."""
@@ -171,7 +174,8 @@ class Staging:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Put signals that would interrupt the block off to its end: what is half published cannot be told in a word."""
+    """Put signals that would interrupt the block off to its end: what is half published, or half removed, cannot be
+    told in a word."""
     if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
         yield
         return

@@ -29,7 +29,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MOST_RULES = 16 };
+enum { MOST_RULES = 16, BLOCK = 4096 };
 
 struct rule {
   char calls[128], path[512], action[512];
@@ -143,16 +143,16 @@ static int meet_path(const char* call, const char* path) { return inside || !pat
 
 #define EXPORT __attribute__((visibility("default")))
 #define ALIAS(name) __attribute__((visibility("default"), alias(#name)))
-#define REAL(type, name, ...)                             \
-  static type (*real)(__VA_ARGS__) = NULL;                \
-  if (!real) real = (type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
-#define MEET(expression)       \
-  do {                         \
+#define REAL(type, name, ...)              \
+  static type (*real)(__VA_ARGS__) = NULL; \
+  if (!real) real = (type (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
+#define MEET(expression)            \
+  do {                              \
     const int code_ = (expression); \
-    if (code_) {               \
-      errno = code_;           \
-      return -1;               \
-    }                          \
+    if (code_) {                    \
+      errno = code_;                \
+      return -1;                    \
+    }                               \
   } while (0)
 
 // Opening.
@@ -162,13 +162,13 @@ static int open_at(int folder, const char* path, int flags, mode_t mode) {
   return (int)syscall(SYS_openat, folder, path, flags, mode);
 }
 
-#define MODE_OF(flags)                                     \
-  mode_t mode = 0;                                         \
-  if ((flags) & (O_CREAT | __O_TMPFILE)) {                 \
-    va_list list;                                          \
-    va_start(list, flags);                                 \
-    mode = (mode_t)va_arg(list, int);                      \
-    va_end(list);                                          \
+#define MODE_OF(flags)                     \
+  mode_t mode = 0;                         \
+  if ((flags) & (O_CREAT | __O_TMPFILE)) { \
+    va_list list;                          \
+    va_start(list, flags);                 \
+    mode = (mode_t)va_arg(list, int);      \
+    va_end(list);                          \
   }
 
 EXPORT int open(const char* path, int flags, ...) {
@@ -196,7 +196,12 @@ static size_t total_of(const struct iovec* parts, int count) {
 
 static ssize_t move(int writing, int fd, const struct iovec* parts, int count, off_t offset, int flags) {
   size_t bytes = total_of(parts, count);
+  const size_t all = bytes;
   MEET(meet_fd(writing ? "write" : "read", fd, &bytes));
+  if (bytes < all && (syscall(SYS_fcntl, fd, F_GETFL) & O_DIRECT)) {  // which comes back short by whole blocks
+    bytes = bytes < BLOCK ? BLOCK : bytes / BLOCK * BLOCK;
+    if (bytes > all) bytes = all;
+  }
   struct iovec cut[64];
   if (count > 64) count = 64;
   int used = 0;

@@ -26,7 +26,11 @@ class Fault:
 
 
 FAULTS = [
-    Fault("EIO reading data", f"read post/{SHARDS[0]} 12 1 errno=5", (SHARDS[0], "at byte", "Input/output", "dmesg")),
+    Fault(
+        "EIO reading data",
+        f"read post/{SHARDS[0]} b:4000000 1 errno=5",
+        (SHARDS[0], "at byte", "Input/output", "dmesg"),
+    ),
     Fault("EIO reading a header", "read base/model-00002 0 1 errno=5", ("base/model-00002", "Input/output"), 2),
     Fault("EIO reading a config", "read post/config.json 0 1 errno=5", ("post/config.json", "Input/output"), 2),
     Fault("EIO copying a config", "read new_base/config.json 2 1 errno=5", ("new_base/config.json", "Input/output")),

@@ -66,7 +66,7 @@ def test_too_little_memory_to_start(workshop: Workshop, mib: int) -> None:
         return
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "memory" in done.stderr
+    assert "memory" in done.stderr.lower()  # OpenBLAS, which NumPy brings, ends the process with words of its own
     assert not workshop.out.exists()
 
 

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from faulty_runs import SHARDS, TIMEOUT, Workshop, digests
+from faulty_runs import SHARDS, TIMEOUT, Workshop, digests, program
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 MIDDLE = f"write output/{SHARDS[0]} b:2500000 1"
@@ -61,6 +61,16 @@ def test_closed_streams_harm_nothing(workshop: Workshop, redirection: str, extra
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert digests(workshop.out) == workshop.expected
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(workshop: Workshop, tmp_path: Path) -> None:
+    """Looked at from outside, while data is written: what lies at descriptors 0, 1 and 2."""
+    seen = tmp_path / "seen"
+    look = program(tmp_path / "look", f"for n in 0 1 2; do readlink /proc/$PPID/fd/$n; done > {seen}")
+    environment = workshop.environment(f"{MIDDLE} run={look}")
+    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", *workshop.command()]
+    assert subprocess.run(command, env=environment, timeout=TIMEOUT).returncode == 0
+    assert seen.read_text().split() == ["/dev/null"] * 3
 
 
 @pytest.mark.parametrize("extra", [(), ("--json",)], ids=["text", "json"])
