@@ -46,9 +46,9 @@ def main() -> NoReturn:
             _end_interrupted()
         if not any(words in str(error) for words in _NO_MEMORY):
             raise
-        code = _report_no_memory(as_json=as_json)
+        _end_without_memory(as_json=as_json)
     except MemoryError:
-        code = _report_no_memory(as_json=as_json)
+        _end_without_memory(as_json=as_json)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -91,9 +91,15 @@ def _report_lost(error: OSError) -> int:
     return EXIT_FAILED
 
 
-def _report_no_memory(*, as_json: bool) -> int:
-    report_error(ResourceError("this process may have no more memory"), as_json=as_json)
-    return EXIT_FAILED
+def _end_without_memory(*, as_json: bool) -> NoReturn:
+    error = ResourceError("this process may have no more memory")
+    try:
+        report_error(error, as_json=as_json)
+        _flushed(EXIT_FAILED)
+    except MemoryError:  # not even for that
+        os.write(2, b"error: this process may have no more memory\n")
+    # Not sys.exit: the interpreter's own end takes memory too. Workers are joined and files are gone by now.
+    os._exit(EXIT_FAILED)
 
 
 def report_error(error: ParamDeltaError, *, as_json: bool) -> None:
