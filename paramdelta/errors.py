@@ -83,7 +83,7 @@ _REMEDIES = {
     errno.EACCES: "look at owner and permissions of the file and of the folders above it",
     errno.EPERM: "look at owner, permissions and attributes (lsattr) of the file and of the folders above it",
     errno.EROFS: "the file system is mounted read-only: name another --out",
-    errno.EFBIG: "larger than files may be here (ulimit -f, or the file system): --max-shard-size writes smaller ones",
+    errno.EFBIG: "files may not be that large here (ulimit -f, the file system): --max-shard-size writes smaller ones",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "the system has too many open files: close some, or have the limit raised (fs.file-max)",
     errno.ENOENT: "it went away while the merge ran: put it back, then repeat the command",
@@ -91,6 +91,11 @@ _REMEDIES = {
     errno.ENOLCK: "locks are needed: name an --out on a file system that has them",
     errno.ENOSYS: "the file system lacks a call that is needed: name an --out on another",
 }
+
+
+def remedy_of(error: OSError) -> str:
+    """Return what to do about a failed call, by its errno; empty where nothing general can be said."""
+    return _REMEDIES.get(error.errno or 0, "")
 
 
 class StorageError(ParamDeltaError, OSError):
@@ -104,7 +109,7 @@ class StorageError(ParamDeltaError, OSError):
     @property
     def remedy(self) -> str:  # type: ignore[override]
         """What to do about it; empty where nothing general can be said."""
-        return self._given or _REMEDIES.get(self.errno or 0, "")
+        return self._given or remedy_of(self)
 
     def __str__(self) -> str:
         return str(self.args[-1])

@@ -15,7 +15,7 @@ import numpy as np
 from paramdelta.checkpoint.header import Header, read_header
 from paramdelta.checkpoint.signature import Signature
 from paramdelta.checkpoint.table import TensorTable
-from paramdelta.errors import CheckpointError, Complaint, shown
+from paramdelta.errors import CheckpointError, Complaint, remedy_of, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -91,7 +91,7 @@ def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint
     try:
         entries = sorted(os.listdir(folder))
     except OSError as error:
-        _fail(str(folder), f"{role} cannot be read: {error.strerror}")
+        _fail(str(folder), f"{role} cannot be read: {error.strerror}", remedy_of(error))
     complaints: list[Complaint] = []
     config = read_json(folder, "config.json", complaints) if "config.json" in entries else {}
     if INDEX in entries:
@@ -137,7 +137,7 @@ def _check_folder(folder: Path, role: str) -> None:
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:  # a name too long, a parent that may not be entered
-        _fail(str(folder), f"{role} cannot be opened: {error.strerror}")
+        _fail(str(folder), f"{role} cannot be opened: {error.strerror}", remedy_of(error))
     if is_folder:
         return
     if exists:
@@ -227,7 +227,7 @@ def _open_shard(folder: Path, name: str) -> tuple[ShardFile, Header]:
     except FileNotFoundError:
         _fail(str(path), "is named, but missing (or what it links to is)", "download the checkpoint again, all of it")
     except OSError as error:
-        _fail(str(path), f"cannot be opened: {error.strerror}")
+        _fail(str(path), f"cannot be opened: {error.strerror}", remedy_of(error))
     if not stat.S_ISREG(status.st_mode):
         _fail(str(path), "is not a regular file")
     header = read_header(path)
@@ -314,7 +314,7 @@ def read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str,
     except ValueError as error:
         complaints.append(Complaint(str(path), str(error)))
     except OSError as error:
-        complaints.append(Complaint(str(path), f"cannot be read: {error.strerror}"))
+        complaints.append(Complaint(str(path), f"cannot be read: {error.strerror}", remedy_of(error)))
     else:
         return value
     return {}

@@ -3,7 +3,7 @@
 // is told.
 //
 // FAULT_RULES holds lines `CALLS PATH SKIP TIMES ACTION`: after SKIP calls to one of CALLS (joined by commas) on a file
-// whose path contains PATH (`*` for any), the next TIMES calls (-1: all) meet ACTION:
+// whose path contains PATH (`*` for any, `=PATH` for one that ends so), the next TIMES calls (-1: all) meet ACTION:
 //   errno=N    the call fails
 //   short=N    a read or a write moves N bytes at most
 //   kill       the process dies, as with SIGKILL, before the call
@@ -64,6 +64,13 @@ static void set_up(void) {
   snprintf(log_path, sizeof log_path, "%s", getenv("FAULT_LOG_PATH") ? getenv("FAULT_LOG_PATH") : "");
 }
 
+static int on_path(const struct rule* r, const char* path) {
+  if (strcmp(r->path, "*") == 0) return 1;
+  if (r->path[0] != '=') return strstr(path, r->path) != NULL;
+  const size_t length = strlen(r->path + 1), all = strlen(path);
+  return all >= length && strcmp(path + all - length, r->path + 1) == 0;
+}
+
 static int listed(const char* calls, const char* call) {
   const size_t length = strlen(call);
   for (const char* at = strstr(calls, call); at; at = strstr(at + 1, call))
@@ -94,7 +101,7 @@ static int meet(const char* call, const char* path, size_t* bytes) {
   pthread_mutex_lock(&mutex);
   for (int i = 0; i < n_rules && !code; ++i) {
     struct rule* r = &rules[i];
-    if (!listed(r->calls, call) || (strcmp(r->path, "*") != 0 && !strstr(path, r->path)) || r->times == 0) continue;
+    if (!listed(r->calls, call) || !on_path(r, path) || r->times == 0) continue;
     if (r->skip > 0) {
       --r->skip;
       continue;

@@ -31,10 +31,14 @@ FAULTS = [
         f"read post/{SHARDS[0]} b:4000000 1 errno=5",
         (SHARDS[0], "at byte", "Input/output", "dmesg"),
     ),
-    Fault("EIO reading a header", "read base/model-00002 0 1 errno=5", ("base/model-00002", "Input/output"), 2),
+    Fault(
+        "EIO reading a header", "read base/model-00002 0 1 errno=5", ("base/model-00002", "Input/output", "dmesg"), 2
+    ),
     Fault("EIO reading a config", "read post/config.json 0 1 errno=5", ("post/config.json", "Input/output"), 2),
     Fault("EIO copying a config", "read new_base/config.json 2 1 errno=5", ("new_base/config.json", "Input/output")),
-    Fault("EACCES on a shard", "open new_base/model-00001 0 -1 errno=13", ("model-00001", "Permission denied"), 2),
+    Fault(
+        "EACCES on a shard", "open new_base/model-00001 0 -1 errno=13", ("model-00001", "Permission denied", "owner"), 2
+    ),
     Fault("EACCES on a shard later", "open base/model-00001 4 -1 errno=13", ("model-00001", "Permission", "owner")),
     Fault("EMFILE", "open base/model-00001 4 -1 errno=24", ("model-00001", "Too many open files", "ulimit -n")),
     Fault("ENOSPC writing data", f"write {OUTPUT} b:2500000 -1 errno=28", (OUTPUT, "at byte", "No space", "make room")),
@@ -47,7 +51,9 @@ FAULTS = [
     Fault(
         "EIO syncing all", "sync output/config.json 0 1 errno=5", ("config.json", "cannot be synced", "Input/output")
     ),
-    Fault("EIO syncing the folder", "sync .out.partial/output 6 -1 errno=5", ("cannot be synced", "Input/output")),
+    Fault(
+        "EIO syncing the folder", "sync =.out.partial/output 0 1 errno=5", ("output: cannot be synced", "Input/output")
+    ),
     Fault("ENOSPC in the journal", "write partial/journal 2 1 errno=28", ("journal", "No space", "make room")),
     Fault("EIO in the journal", "sync partial/journal 3 1 errno=5", ("journal", "cannot be written", "Input/output")),
     Fault("EDQUOT writing a small file", "write output/README 0 1 errno=122", ("README.md", "quota exceeded", "quota")),
