@@ -93,7 +93,13 @@ def render(content: dict[str, Any]) -> str:
     kernels = kernel_rows(records)
     if kernels:
         parts.append("### Kernels against three reads and one write\n\n" + table(KERNEL_COLUMNS, kernels))
-    titles = {"merges": "Whole merges", "quantised": "Whole fp8 merges", "many": "Very many tensors", "start": "Start"}
+    titles = {
+        "merges": "Whole merges",
+        "storage": "Merges on a disk against loops without arithmetic",
+        "quantised": "Whole fp8 merges",
+        "many": "Very many tensors",
+        "start": "Start",
+    }
     for group, title in titles.items():
         rows = process_rows(records, group)
         if rows:

@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bound, machine, pooled, quantised, report, results, whole
+from benchmarks import bound, machine, pooled, quantised, report, results, storage, whole
 from benchmarks.results import Record
+from paramdelta.plan.request import parse_size
 
 RESULTS = Path(__file__).with_name("results")
 GROUPS = results.GROUPS
@@ -50,6 +51,9 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[Record]:
         yield from quantised.merges(options.size, quick=options.quick, threads=options.threads, places=places, log=log)
     if "merges" in groups:
         yield from whole.merges(options.size, quick=options.quick, threads=options.threads, places=places, log=log)
+    if "storage" in groups and options.place != "tmpfs":
+        size = parse_size(options.size, option="--size")
+        yield from storage.merges(size, threads=options.threads, place=options.disk or whole.DISK, log=log)
     if "many" in groups:
         yield from whole.many(quick=options.quick, threads=options.threads, log=log)
     if "start" in groups:

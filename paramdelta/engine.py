@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramdelta.errors import OperandError, ResourceError, StorageError, storage_errors
+from paramdelta.storage import (
+    CACHED,
+    WAITING_SLOT,
+    WAITING_THREADS,
+    Paths,
+    check_mode,
+    choose_paths,
+    memory_limit,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,28 +44,34 @@ COLUMNS = ("spans", "terms", "regions", "region_terms", "views", "recipes")
 class EngineOptions:
     """How a run uses the machine; none of it changes a byte of the output.
 
-    ``threads``: workers, None for as many as the process may use. ``memory``: bytes for all slots together, None for
-    1 MiB a worker. ``isa``: ``scalar``, ``avx2`` or ``avx512``; None for the best this machine has.
+    ``threads``: workers, None for as many as the process may use, or more where they wait for storage. ``memory``:
+    bytes for all slots together, None for what the files ask for: 1 MiB a worker, 8 MiB where it waits for storage, and
+    no more than an eighth of what is free. ``isa``: ``scalar``, ``avx2`` or ``avx512``; None for the best this machine
+    has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`.
     """
 
     threads: int | None = None
     memory: int | None = None
     isa: str | None = None
+    io: str = "auto"
 
     def __post_init__(self) -> None:
+        check_mode(self.io)
         if self.threads is not None and self.threads < 1:
             raise OperandError(f"threads: expected at least 1, got {self.threads}")
         if self.memory is not None and self.memory < SMALLEST_SLOT:
             raise OperandError(f"memory: expected at least {SMALLEST_SLOT} bytes (128 KiB), got {self.memory}")
 
-    def resolve(self, work: Work) -> tuple[int, int]:
+    def resolve(self, work: Work, paths: Paths) -> tuple[int, int]:
         """Return (threads, bytes of a slot): fewer threads where the memory allows no more slots, larger slots where
         rows of a quantised matrix's units take more."""
         from paramdelta.backends.threads import default_threads
 
-        threads = self.threads or default_threads()
+        threads = self.threads or max(default_threads(), WAITING_THREADS if paths.wait else 1)
         if self.memory is None:
-            return threads, max(SLOT_BYTES, min(_unit_bytes(work), LARGEST_SLOT) // 4096 * 4096)
+            slot = max(WAITING_SLOT if paths.wait else SLOT_BYTES, min(_unit_bytes(work), LARGEST_SLOT))
+            slot = max(min(slot, memory_limit() // threads), SMALLEST_SLOT)
+            return threads, slot // 4096 * 4096
         threads = max(1, min(threads, self.memory // SMALLEST_SLOT))
         return threads, min(self.memory // threads, 1 << 30) // 4096 * 4096
 
@@ -83,7 +98,8 @@ class TensorLoss:
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
     """What a run did: seconds of wall time, bytes moved, the tensors with non-finite or overflowed results, and what
-    quantising lost. ``measured`` is (amax, touched) of each unit, in a pass that measures."""
+    quantising lost. ``measured`` is (amax, touched) of each unit, in a pass that measures; ``paths`` how files were
+    reached."""
 
     seconds: float
     bytes_read: int
@@ -94,20 +110,25 @@ class RunResult:
     counts: tuple[TensorCounts, ...]
     losses: tuple[TensorLoss, ...] = ()
     measured: tuple[tuple[float, bool], ...] = ()
+    paths: Paths | None = None
 
 
 NOTHING = RunResult(seconds=0.0, bytes_read=0, bytes_written=0, threads=0, slot_bytes=0, isa="", counts=())
 
 
 def create_outputs(work: Work, folder: Path) -> list[Path]:
-    """Create each output file in ``folder`` with its header, at its full size (sparse). What an earlier run wrote to it
-    is kept."""
+    """Create each output file in ``folder`` with its header, at its full size: allocated where the file system can do
+    so without writing, else sparse. What an earlier run wrote to it is kept."""
+    from paramdelta import _cpu
+
     paths = []
     for (name, size), header in zip(work.outputs, work.headers, strict=True):
         path = folder / name
-        with storage_errors(path, "cannot be created"), open(path, "r+b" if path.exists() else "xb") as file:
-            file.write(header)
-            file.truncate(size)
+        with storage_errors(path, "cannot be created"):
+            with open(path, "r+b" if path.exists() else "xb") as file:
+                file.write(header)
+                file.truncate(size)
+            _cpu.reserve(os.fsencode(path), size)
         paths.append(path)
     return paths
 
@@ -152,12 +173,14 @@ def carry_out(
     *,
     tensors: int,
     options: EngineOptions | None = None,
+    paths: Paths | None = None,
     before: RunResult | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
-    """Carry out settled work, as :func:`run`. The result adds to ``before``, that of what was done already."""
+    """Carry out settled work, as :func:`run`, by ``paths`` if they are given. The result adds to ``before``, that of
+    what was done already."""
     before = before or NOTHING
-    run_ = start(work, outputs, tensors=tensors, options=options)
+    run_ = start(work, outputs, tensors=tensors, options=options, paths=paths)
 
     def report(read: int, written: int) -> None:
         if on_progress is not None:
@@ -182,9 +205,9 @@ def carry_out(
 class RunningWork:
     """Work that is being carried out by the engine's threads."""
 
-    def __init__(self, engine: Any, threads: int, slot_bytes: int, isa: str) -> None:
+    def __init__(self, engine: Any, threads: int, slot_bytes: int, isa: str, paths: Paths) -> None:
         self._engine = engine
-        self._threads, self._slot_bytes, self._isa = threads, slot_bytes, isa
+        self._threads, self._slot_bytes, self._isa, self._paths = threads, slot_bytes, isa, paths
         self._started = time.perf_counter()
         try:
             engine.start()
@@ -221,6 +244,7 @@ class RunningWork:
             counts=tuple(TensorCounts(*row) for row in counts),
             losses=tuple(TensorLoss(*row) for row in losses),
             measured=tuple(measured),
+            paths=self._paths,
         )
 
 
@@ -230,20 +254,22 @@ def start(
     *,
     tensors: int,
     options: EngineOptions | None = None,
+    paths: Paths | None = None,
 ) -> RunningWork:
-    """Open the files, start the workers and return at once. The arguments are those of :func:`run`."""
+    """Open the files, start the workers and return at once. The arguments are those of :func:`carry_out`."""
     from paramdelta import _cpu
 
     options = options or EngineOptions()
-    threads, slot_bytes = options.resolve(work)
-    _allow_open_files(len(work.inputs) + len(outputs))
+    paths = paths or paths_for(work, outputs, options)
+    threads, slot_bytes = options.resolve(work, paths)
+    _allow_open_files(2 * (len(work.inputs) + len(outputs)))  # direct files are open for the page cache, too
     try:
         engine = _cpu.Engine(
             columns={name: getattr(work, name) for name in COLUMNS},
             tensors=tensors,
             units=len(work.units),
-            inputs=[os.fsencode(i) if isinstance(i, Path) else i for i in work.inputs],
-            outputs=[os.fsencode(out) if isinstance(out, Path) else out for out in outputs],
+            inputs=[_opened(file, access) for file, access in zip(work.inputs, paths.inputs, strict=True)],
+            outputs=[_opened(file, access) for file, access in zip(outputs, paths.outputs, strict=True)],
             threads=threads,
             slot_bytes=slot_bytes,
             isa=options.isa,
@@ -255,7 +281,20 @@ def start(
         if "are too small" not in str(error):
             raise
         raise OperandError(f"memory: {error}: give more memory, or fewer threads") from None
-    return RunningWork(engine, threads, slot_bytes, options.isa or _cpu.best_isa())
+    return RunningWork(engine, threads, slot_bytes, options.isa or _cpu.best_isa(), paths)
+
+
+def paths_for(
+    work: Work, outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]], options: EngineOptions | None = None
+) -> Paths:
+    """Return how the files of ``work`` and ``outputs`` are to be reached under ``options``."""
+    mode = (options or EngineOptions()).io
+    return choose_paths(work.inputs, outputs, [size for _, size in work.outputs], mode)
+
+
+def _opened(file: Any, access: str | None) -> Any:
+    """Return a file as the extension takes it: (path, access), or memory as it is."""
+    return (os.fsencode(file), access or CACHED) if isinstance(file, Path) else file
 
 
 def _allow_open_files(count: int) -> None:

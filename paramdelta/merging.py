@@ -35,6 +35,7 @@ def merge(
     threads: int | None = None,
     memory: int | None = None,
     isa: str | None = None,
+    io: str = "auto",
     restart: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     **policies: Any,
@@ -48,7 +49,7 @@ def merge(
     ----------
     post, base, new_base : folders of safetensors checkpoints (one file, or shards with an index)
     out : the folder to write; must not exist unless ``overwrite``
-    threads, memory, isa : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
+    threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
     restart : discard what an earlier run, cut short, has left of a merge to ``out``; by default the same merge is
         continued, and another refused
     on_progress : called with (bytes read, bytes written) about ten times a second
@@ -80,7 +81,7 @@ def merge(
     from paramdelta.plan import make_request
 
     request = make_request(post=post, base=base, new_base=new_base, out=out, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
     return run_merge(prepare(request), options=options, restart=restart, on_progress=on_progress)
 
 
@@ -151,6 +152,7 @@ def run_merge(
         nonfinite=nonfinite,
         quantised=quantised,
         resumed_bytes=resumed,
+        io=result.paths.summary() if result.paths is not None else {},
     )
     if nonfinite and not request.allow_nonfinite:
         raise NonFiniteError(_nonfinite_text(nonfinite), report)

@@ -3,7 +3,7 @@ docs/json.md and its ``version`` rises when a field changes its meaning or goes 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class MergeReport:
     ``out`` is the folder (None for a merge that was not published). Bytes count tensor data as read and written by
     the engine. ``seconds`` is the whole call, ``engine_seconds`` the part that moved data. ``policies`` is the plan's
     summary of what happened to which tensors; ``warnings`` are lines a person should read. ``resumed_bytes`` of the
-    output were there already, from a run that was cut short.
+    output were there already, from a run that was cut short. ``io`` counts the files that were read and written by each
+    way of :mod:`paramdelta.storage`.
     """
 
     out: Path | None
@@ -59,6 +60,7 @@ class MergeReport:
     nonfinite: tuple[NonFinite, ...]
     quantised: tuple[Quantised, ...] = ()
     resumed_bytes: int = 0
+    io: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -17,6 +17,7 @@ from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, T
 from paramdelta.errors import storage_errors
 from paramdelta.journal import Journal, identity
 from paramdelta.segments import SEGMENT_BYTES, Segment, cut
+from paramdelta.storage import Trial
 
 if TYPE_CHECKING:
     from paramdelta.plan import Plan
@@ -98,14 +99,22 @@ class _Noting:
         done = self.journal.finished
         results = [replace(NOTHING, counts=tuple(done.counts), losses=tuple(done.losses))]
         total, noted = before, None
+        missing = [number for number in range(len(segments)) if number not in done.segments]
+        trial = Trial(engine.paths_for(segments[0].work, self.outputs, options), len(missing))
         with ThreadPoolExecutor(max_workers=1) as background:
-            for number, segment in enumerate(segments):
-                if number in done.segments:
-                    continue
+            for number in missing:
                 self.plan.check_inputs()  # a file that became a pipe would block its opening for ever
+                segment, paths, earlier = segments[number], trial.next(), total
                 total = engine.carry_out(
-                    segment.work, self.outputs, tensors=tensors, options=options, before=total, on_progress=on_progress
+                    segment.work,
+                    self.outputs,
+                    tensors=tensors,
+                    options=options,
+                    paths=paths,
+                    before=earlier,
+                    on_progress=on_progress,
                 )
+                trial.tell(paths, total.bytes_read - earlier.bytes_read, total.seconds - earlier.seconds)
                 results.append(total)
                 _wait(noted)
                 noted = background.submit(self.note, number, segment, total)
@@ -125,6 +134,7 @@ class _Noting:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.fdatasync(fd)
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what is on disk need not stay in memory
                 finally:
                     os.close(fd)
         self.plan.check_inputs()

@@ -31,6 +31,7 @@ def stream(
     threads: int | None = None,
     memory: int | None = None,
     isa: str | None = None,
+    io: str = "auto",
     batch_bytes: int = BATCH_BYTES,
     **policies: Any,
 ) -> Iterator[tuple[str, Any]]:
@@ -43,7 +44,7 @@ def stream(
     ----------
     post, base, new_base : checkpoint folders
     framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch CPU tensors
-    threads, memory, isa : see :class:`paramdelta.engine.EngineOptions`
+    threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`
     **policies : as in :func:`paramdelta.merge`, except ``overwrite``
 
     Raises
@@ -56,7 +57,7 @@ def stream(
     if framework not in ("np", "pt"):
         raise OperandError(f"framework: expected 'np' or 'pt', got {framework!r}")
     request = make_request(post=post, base=base, new_base=new_base, out=None, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
     return _batches(prepare(request), framework, options, batch_bytes)
 
 

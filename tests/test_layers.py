@@ -31,6 +31,7 @@ LAYERS = [
     ("checkpoint",),
     ("ops", "scaled"),
     ("tensors",),
+    ("storage",),
     ("backends",),
     ("reference_scaled",),
     ("reference_codes",),

@@ -23,11 +23,11 @@ struct Cost {
 
 Cost cost_of(const Work& work, const Span& span) {
   Cost cost{0, static_cast<std::size_t>(out_size(span))};
-  if (Work::is_copy(span)) return cost;  // read straight into the output region
+  if (Work::is_copy(span) && work.alignment == 1) return cost;  // read straight into the output region
   for (int k = 0; k < work.operands(span); ++k) {
     const Location at = work.operand(span, k);
     if (at.file == kZeros) continue;
-    cost.fixed += kReadAlignment;
+    cost.fixed += kReadAlignment + work.slack();
     cost.per_element += size_of(at.dtype);
   }
   return cost;

@@ -31,7 +31,11 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
       slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}) {
   if (options_.threads < 1) throw std::invalid_argument("at least one thread is needed");
   std::vector<std::int64_t> input_sizes;
-  for (const Input& input : inputs_) input_sizes.push_back(input.size());
+  for (const Input& input : inputs_) {
+    input_sizes.push_back(input.size());
+    work_.alignment = std::max(work_.alignment, input.alignment());
+  }
+  for (const Target& output : outputs_) work_.alignment = std::max(work_.alignment, output.alignment());
   work_.validate(input_sizes, output_sizes);
   results_.counts.resize(work_.tensors);
   results_.losses.resize(work_.regions.empty() ? 0 : work_.tensors);

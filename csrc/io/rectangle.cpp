@@ -40,12 +40,13 @@ std::size_t bytes_read(std::int64_t lines, std::int64_t length, std::int64_t str
 // Whether nibbles lie in pairs along the columns of the file's matrix, which are the view's rows.
 bool turned_nibbles(const View& view) { return bits_of(static_cast<Codec>(view.codec)) == 4 && view.col_stride != 1; }
 
-std::size_t memory_for(const Strided& from) {
+// `gap`: what a plane takes beyond its bytes.
+std::size_t memory_for(const Strided& from, std::size_t gap) {
   if (from.rows == 0 || from.cols == 0) return 0;
   const auto item = static_cast<std::int64_t>(from.item);
   const std::size_t packed = static_cast<std::size_t>(from.rows * from.cols) * from.item;
-  if (by_columns(from)) return packed + bytes_read(from.cols, from.rows * item, from.col_stride) + 2 * kStagger;
-  return bytes_read(from.rows, from.cols * item, from.row_stride) + kStagger;
+  if (by_columns(from)) return packed + bytes_read(from.cols, from.rows * item, from.col_stride) + 2 * gap;
+  return bytes_read(from.rows, from.cols * item, from.row_stride) + gap;
 }
 
 Strided codes_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
@@ -104,26 +105,26 @@ Strided zeros_of(const View& view, std::int64_t row, std::int64_t rows, std::int
           4};
 }
 
-std::size_t memory_for(const View& view, std::int64_t rows, std::int64_t cols) {
+std::size_t memory_for(const View& view, std::int64_t rows, std::int64_t cols, std::size_t gap) {
   std::size_t bytes = 0;
   if (view.file != kZeros && turned_nibbles(view)) {
     const Strided codes = codes_of(view, 1, rows, 0, cols);
-    bytes += bytes_read(cols, codes.rows, codes.col_stride) + static_cast<std::size_t>(rows * ((cols + 1) / 2)) +
-             2 * kStagger;
+    bytes +=
+        bytes_read(cols, codes.rows, codes.col_stride) + static_cast<std::size_t>(rows * ((cols + 1) / 2)) + 2 * gap;
   } else if (view.file != kZeros) {
-    bytes += memory_for(codes_of(view, 0, rows, 0, cols));
+    bytes += memory_for(codes_of(view, 0, rows, 0, cols), gap);
   }
   // Wherever a piece starts within a block, it touches at most one more.
   if (view.scale_file != kAbsent) {
     Strided scales = scales_of(view, 0, rows, 0, cols);
     scales.rows += 1;
     scales.cols += 1;
-    bytes += memory_for(scales);
+    bytes += memory_for(scales, gap);
   }
   if (view.zero_file != kAbsent) {
     Strided zeros = zeros_of(view, 0, rows + 8, 0, cols);
     zeros.cols += 1;
-    bytes += memory_for(zeros);
+    bytes += memory_for(zeros, gap);
   }
   return bytes;
 }
@@ -172,16 +173,17 @@ Unit unit_of(const Work& work, const Region& region) {
 }
 
 std::size_t Rectangle::bytes_for(const Work& work, const Region& region, std::int64_t rows, std::int64_t cols) {
+  const std::size_t gap = kStagger + work.slack();
   const auto view = [&](std::int32_t number) {
-    return memory_for(work.views[static_cast<std::size_t>(number)], rows, cols);
+    return memory_for(work.views[static_cast<std::size_t>(number)], rows, cols, gap);
   };
-  std::size_t bytes = view(region.new_view) + 2 * kStagger;
+  std::size_t bytes = view(region.new_view) + 2 * gap;
   for (std::int32_t t = 0; t < region.n_terms; ++t) {
     const RegionTerm& term = work.region_terms[static_cast<std::size_t>(region.first_term + t)];
     bytes += view(term.post_view) + view(term.base_view);
   }
   if (region.measure) return bytes;
-  bytes += static_cast<std::size_t>(rows * work.out_bytes(region, cols)) + kStagger;
+  bytes += static_cast<std::size_t>(rows * work.out_bytes(region, cols)) + gap;
   if (const RecipeRow* recipe = recipe_of(work, region))
     bytes += static_cast<std::size_t>(grid_count(rows, 0, region.grid_rows) * grid_count(cols, 0, region.grid_cols)) *
                  scale_item(*recipe) +
@@ -192,9 +194,22 @@ std::size_t Rectangle::bytes_for(const Work& work, const Region& region, std::in
 std::byte* Rectangle::take(std::size_t bytes) {
   const auto at = reinterpret_cast<std::uintptr_t>(free_) + kStagger;
   std::byte* to = free_ + kStagger - at % kLine;
-  free_ = to + bytes;
+  end_at(to + bytes);
+  return to;
+}
+
+void Rectangle::end_at(std::byte* end) {
+  free_ = end;
   if (free_ > memory_ + bytes_)
     throw std::logic_error("a piece outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
+}
+
+// As take, as far into a page as `offset` is, with room for the rest of the first and the last page.
+std::byte* Rectangle::take_placed(std::size_t bytes, std::size_t alignment, std::int64_t offset) {
+  if (alignment == 1) return take(bytes);
+  const std::size_t into = static_cast<std::size_t>(offset) % alignment;
+  std::byte* to = placed(free_, alignment, 0) + into;
+  end_at(placed(to + bytes, alignment, 0));
   return to;
 }
 
@@ -204,12 +219,15 @@ Rectangle::Plane Rectangle::load_lines(const std::vector<Input>& inputs, const S
   const bool once = in_one(length, stride);
   const std::int64_t pitch = once ? stride : length;
   const auto total = static_cast<std::size_t>((lines - 1) * pitch + length);
-  std::byte* to = take(total);
-  if (once)
-    input.read_at(to, total, from.offset);
-  else
+  std::byte* to;
+  if (once) {
+    to = take_placed(total, input.alignment(), from.offset);
+    input.read_around(to, total, from.offset);
+  } else {
+    to = take(total);
     for (std::int64_t line = 0; line < lines; ++line)
       input.read_at(to + line * pitch, static_cast<std::size_t>(length), from.offset + line * stride);
+  }
   read_ += total;
   return {to, static_cast<std::ptrdiff_t>(pitch)};
 }
@@ -274,10 +292,15 @@ Matrix Rectangle::load_view(const std::vector<Input>& inputs, std::int32_t numbe
   return matrix;
 }
 
+std::int64_t Rectangle::out_offset() const {
+  const Region& at = region();
+  return at.out_offset + piece_.row * at.out_pitch + work_.out_bytes(at, piece_.col);
+}
+
 void Rectangle::prepare_output(const std::vector<Input>& inputs) {
   const Region& at = region();
   const std::int64_t row_bytes = work_.out_bytes(at, piece_.cols);
-  job_.out = take(static_cast<std::size_t>(piece_.rows * row_bytes));
+  job_.out = take_placed(static_cast<std::size_t>(piece_.rows * row_bytes), work_.alignment, out_offset());
   job_.out_pitch = static_cast<std::ptrdiff_t>(row_bytes);
   job_.out_dtype = static_cast<DType>(at.out_dtype);
   const RecipeRow* recipe = recipe_of(work_, at);
@@ -342,9 +365,7 @@ std::size_t Rectangle::drain(const std::vector<Target>& outputs) const {
     }
     written += static_cast<std::size_t>(rows * length);
   };
-  if (at.out_file != kAbsent)
-    write(at.out_file, job_.out, at.out_offset + piece_.row * at.out_pitch + work_.out_bytes(at, piece_.col),  //
-          piece_.rows, at.out_pitch, job_.out_pitch);
+  if (at.out_file != kAbsent) write(at.out_file, job_.out, out_offset(), piece_.rows, at.out_pitch, job_.out_pitch);
   const RecipeRow* recipe = recipe_of(work_, at);
   if (recipe == nullptr || at.scale_out_file == kAbsent || job_.given) return written;
   const auto item = static_cast<std::int64_t>(scale_item(*recipe));

@@ -42,6 +42,9 @@ class Rectangle {
  private:
   struct Plane;
   std::byte* take(std::size_t bytes);
+  void end_at(std::byte* end);
+  std::byte* take_placed(std::size_t bytes, std::size_t alignment, std::int64_t offset);
+  std::int64_t out_offset() const;
   Plane load(const std::vector<Input>& inputs, const struct Strided& from);
   Plane load_lines(const std::vector<Input>& inputs, const struct Strided& from, std::int64_t lines,
                    std::int64_t length, std::int64_t stride);

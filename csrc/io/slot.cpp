@@ -15,21 +15,21 @@ constexpr std::size_t kStagger = 1024 + kReadAlignment;
 
 std::size_t out_size(const Span& span) { return size_of(static_cast<DType>(span.out_dtype)); }
 
-std::byte* aligned(std::byte* at) {
-  const auto value = reinterpret_cast<std::uintptr_t>(at);
-  return at + (kReadAlignment - value % kReadAlignment) % kReadAlignment;
-}
-
 }  // namespace
 
 std::size_t Slot::capacity(const Work& work, std::size_t bytes) {
-  const std::size_t gaps = static_cast<std::size_t>(work.max_operands() + 1) * (kStagger + kReadAlignment);
+  const std::size_t gaps =
+      static_cast<std::size_t>(work.max_operands() + 1) * (kStagger + kReadAlignment) + work.slack();
   return bytes > gaps ? bytes - gaps : 0;
 }
 
 std::int64_t Slot::out_offset() const {
   const Span& front = work_.spans[parts_.front().span];
   return front.out_offset + parts_.front().first * static_cast<std::int64_t>(out_size(front));
+}
+
+std::size_t Slot::part_bytes(std::size_t part) const {
+  return static_cast<std::size_t>(parts_[part].count) * out_size(work_.spans[parts_[part].span]);
 }
 
 // Ranges that are neighbours in their file and in the slot become one read.
@@ -45,68 +45,72 @@ void Slot::read_into(std::byte* to, const Location& from, std::size_t bytes) {
   reads_.push_back({from.file, from.offset, bytes, to});
 }
 
-std::byte* Slot::place(const Location& at, std::size_t bytes) {
-  if (at.file == kZeros) return nullptr;
+// What is read past the page cache begins as far into a page as it does in its file, on a page of its own.
+std::byte* Slot::place(const Location& at, std::size_t bytes, std::size_t alignment) {
   const bool neighbour = !reads_.empty() && reads_.back().file == at.file &&
                          reads_.back().offset + static_cast<std::int64_t>(reads_.back().bytes) == at.offset &&
                          reads_.back().to + reads_.back().bytes == free_;
-  std::byte* to = neighbour ? free_ : aligned(free_);
+  std::byte* to = free_;
+  if (!neighbour)
+    to = alignment > 1 ? placed(free_, alignment, 0) + static_cast<std::size_t>(at.offset) % alignment
+                       : placed(free_, kReadAlignment, 0);
   read_into(to, at, bytes);
   free_ = to + bytes;
   return to;
 }
 
-void Slot::lay_out_operand(std::size_t k) {
+void Slot::lay_out_operand(const std::vector<Input>& inputs, std::size_t k) {
   free_ += kStagger;
   for (std::size_t i = 0; i < parts_.size(); ++i) {
     const Part& part = parts_[i];
     const Span& span = work_.spans[part.span];
     std::byte* to = nullptr;
-    if (static_cast<int>(k) < work_.operands(span)) {
-      Location at = work_.operand(span, static_cast<int>(k));
+    Location at{kZeros, 0, DType{}};
+    if (static_cast<int>(k) < work_.operands(span)) at = work_.operand(span, static_cast<int>(k));
+    if (at.file != kZeros) {
       const std::size_t item = size_of(at.dtype);
       at.offset += part.first * static_cast<std::int64_t>(item);
       const std::size_t bytes = static_cast<std::size_t>(part.count) * item;
-      if (Work::is_copy(span))
+      const std::size_t alignment = inputs[static_cast<std::size_t>(at.file)].alignment();
+      if (Work::is_copy(span) && alignment == 1)
         read_into(to = outs_[i], at, bytes);
       else
-        to = place(at, bytes);
+        to = place(at, bytes, alignment);
     }
     where_.push_back(to);
   }
 }
 
-void Slot::lay_out(std::vector<Target>& outputs) {
+void Slot::lay_out(const std::vector<Input>& inputs, std::vector<Target>& outputs) {
   reads_.clear();
   where_.clear();
   outs_.clear();
   std::size_t operands = 1;
   out_bytes_ = 0;
-  for (const Part& part : parts_) {
-    const Span& span = work_.spans[part.span];
-    operands = std::max(operands, static_cast<std::size_t>(work_.operands(span)));
-    out_bytes_ += static_cast<std::size_t>(part.count) * out_size(span);
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
+    operands = std::max(operands, static_cast<std::size_t>(work_.operands(work_.spans[parts_[i].span])));
+    out_bytes_ += part_bytes(i);
   }
   Target& target = outputs[static_cast<std::size_t>(work_.spans[parts_.front().span].out_file)];
-  free_ = memory_;
-  out_ = target.memory ? target.memory + out_offset() : free_;
-  if (!target.memory) free_ += out_bytes_;
+  out_ = target.memory ? target.memory + out_offset() : placed(memory_, target.alignment(), out_offset());
+  free_ = target.memory ? memory_ : out_ + out_bytes_;
   std::byte* out = out_;
-  for (const Part& part : parts_) {
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
     outs_.push_back(out);
-    out += static_cast<std::size_t>(part.count) * out_size(work_.spans[part.span]);
+    out += part_bytes(i);
   }
   // Operand by operand, so that what lies together in a file is read together.
-  for (std::size_t k = 0; k < operands; ++k) lay_out_operand(k);
-  if (free_ > memory_ + bytes_)
-    throw std::logic_error("a load outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
+  for (std::size_t k = 0; k < operands; ++k) lay_out_operand(inputs, k);
+  const std::byte* const end = placed(free_, work_.alignment, 0);
+  if (end > memory_ + bytes_)
+    throw std::logic_error("a load outgrew its slot by " + std::to_string(end - (memory_ + bytes_)));
 }
 
 std::size_t Slot::fill(const std::vector<Input>& inputs, std::vector<Target>& outputs) {
-  lay_out(outputs);
+  lay_out(inputs, outputs);
   std::size_t total = 0;
   for (const Read& read : reads_) {
-    inputs[static_cast<std::size_t>(read.file)].read_at(read.to, read.bytes, read.offset);
+    inputs[static_cast<std::size_t>(read.file)].read_around(read.to, read.bytes, read.offset);
     total += read.bytes;
   }
   return total;

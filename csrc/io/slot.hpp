@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include "core/expression.hpp"
@@ -22,12 +23,15 @@ class Slot {
 
   // Lays the load out and reads its operands. Returns the bytes read.
   std::size_t fill(const std::vector<Input>& inputs, std::vector<Target>& outputs);
-  // Calls merge(const Merge&, std::int32_t tensor) for each part that has arithmetic.
+  // Calls merge(const Merge&, std::int32_t tensor) for each part that has arithmetic; the others are copied.
   template <class Function>
   void compute(Function&& merge) {
     for (std::size_t i = 0; i < parts_.size(); ++i) {
       const Span& span = work_.spans[parts_[i].span];
-      if (!Work::is_copy(span)) merge(job(i), span.tensor);
+      if (!Work::is_copy(span))
+        merge(job(i), span.tensor);
+      else if (where_[i] != outs_[i])
+        std::memcpy(outs_[i], where_[i], part_bytes(i));
     }
   }
   // Writes the output extent. Returns its bytes.
@@ -40,11 +44,12 @@ class Slot {
     std::size_t bytes;
     std::byte* to;
   };
-  void lay_out(std::vector<Target>& outputs);
-  void lay_out_operand(std::size_t k);
-  std::byte* place(const Location& at, std::size_t bytes);
+  void lay_out(const std::vector<Input>& inputs, std::vector<Target>& outputs);
+  void lay_out_operand(const std::vector<Input>& inputs, std::size_t k);
+  std::byte* place(const Location& at, std::size_t bytes, std::size_t alignment);
   void read_into(std::byte* to, const Location& from, std::size_t bytes);
   std::int64_t out_offset() const;
+  std::size_t part_bytes(std::size_t part) const;  // of output
   Merge job(std::size_t part);
 
   const Work& work_;

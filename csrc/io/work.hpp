@@ -108,6 +108,11 @@ struct Work {
   std::vector<View> views;
   std::vector<RecipeRow> recipes;
   std::size_t units = 0;
+  std::size_t alignment = 1;  // the largest of the files' (File::alignment)
+
+  // Bytes of a slot that a direct transfer may take beyond those that are wanted: to begin on a page, and the rest of
+  // its first and last one.
+  std::size_t slack() const { return alignment > 1 ? 3 * alignment : 0; }
 
   // The operands of a span in a fixed order: new_base, then post and base of each term.
   int operands(const Span& span) const { return 1 + 2 * span.n_terms; }

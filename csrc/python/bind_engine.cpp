@@ -8,6 +8,7 @@
 
 #include "core/error.hpp"
 #include "io/engine.hpp"
+#include "io/storage.hpp"
 #include "python/bind.hpp"
 
 namespace py = pybind11;
@@ -40,12 +41,23 @@ struct BoundEngine {
   }
 };
 
+// (path as os.fsencode gives it, how to reach it: "cached", "passing" or "direct")
+std::pair<std::string, io::Access> file_of(const py::handle object) {
+  const auto [path, access] = py::cast<std::pair<py::bytes, std::string>>(object);
+  if (access != "cached" && access != "passing" && access != "direct")
+    throw std::invalid_argument("access: expected cached, passing or direct, got " + access);
+  return {std::string(path), access == "cached"    ? io::Access::cached
+                             : access == "passing" ? io::Access::passing
+                                                   : io::Access::direct};
+}
+
 std::vector<io::Input> inputs_of(const py::list& list, BoundEngine& bound) {
   std::vector<io::Input> inputs;
   for (const py::handle object : list) {
     io::Input input;
-    if (py::isinstance<py::bytes>(object)) {  // a path, as os.fsencode gives it
-      input.file = io::File::open_for_reading(std::string(py::reinterpret_borrow<py::bytes>(object)));
+    if (py::isinstance<py::tuple>(object)) {
+      const auto [path, access] = file_of(object);
+      input.file = io::File::open_for_reading(path, access);
     } else {
       const py::buffer_info& info = bound.bytes_of(object, false);
       input.memory = static_cast<const std::byte*>(info.ptr);
@@ -60,8 +72,9 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
   std::vector<io::Target> targets;
   for (const py::handle object : list) {
     io::Target target;
-    if (py::isinstance<py::bytes>(object)) {
-      target.file = io::File::open_for_writing(std::string(py::reinterpret_borrow<py::bytes>(object)));
+    if (py::isinstance<py::tuple>(object)) {
+      const auto [path, access] = file_of(object);
+      target.file = io::File::open_for_writing(path, access);
       sizes.push_back(target.file.size());
     } else {
       const py::buffer_info& info = bound.bytes_of(object, true);
@@ -144,6 +157,18 @@ void bind_engine(py::module_& module) {
   row_bytes["views"] = sizeof(io::View);
   row_bytes["recipes"] = sizeof(io::RecipeRow);
   module.attr("ROW_BYTES") = row_bytes;
+  module.def("direct_alignment", [](const py::bytes& path) { return io::direct_alignment(path); }, py::arg("path"));
+  module.def("in_memory", [](const py::bytes& path) { return io::in_memory(path); }, py::arg("path"));
+  module.def(
+      "reserve", [](const py::bytes& path, std::int64_t bytes) { return io::reserve(path, bytes); }, py::arg("path"),
+      py::arg("bytes"));
+  module.def(
+      "cached_bytes",
+      [](const py::bytes& path, const std::string& how) {
+        if (how == "cachestat") return io::cached_bytes_by_cachestat(path);
+        return how == "mincore" ? io::cached_bytes_by_mincore(path) : io::cached_bytes(path);
+      },
+      py::arg("path"), py::arg("how") = "");
   py::class_<BoundEngine>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("columns"), py::arg("tensors"), py::arg("units"),
            py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))

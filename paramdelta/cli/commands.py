@@ -60,8 +60,9 @@ def merge(
     as_json: bool,
     quiet: bool,
     threads: int | None,
-    memory: str | None,
+    memory: str,
     isa: str | None,
+    io: str,
     restart: bool,
     **request: Any,
 ) -> None:
@@ -69,7 +70,7 @@ def merge(
     from paramdelta import merging
     from paramdelta.cli import present, render
 
-    merge_request, run_options = present.merge_inputs(request, threads, memory, isa)
+    merge_request, run_options = present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io)
     plan = merging.prepare(merge_request)
     if not as_json:
         render.print_warnings(plan.warnings)

@@ -144,8 +144,26 @@ def machine(function: F) -> F:
     return _apply(
         function,
         [
-            click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Workers (default: all allowed)."),
-            click.option("--memory", metavar="SIZE", help="Memory for buffers, e.g. 256MiB (default: 1 MiB a worker)."),
+            click.option(
+                "--threads",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
+            ),
+            click.option(
+                "--memory",
+                metavar="SIZE",
+                default="auto",
+                show_default=True,
+                help="Memory for buffers, e.g. 256MiB; auto: what the storage asks for, 2 to 128 MiB as a rule.",
+            ),
+            click.option(
+                "--io",
+                type=click.Choice(["auto", "buffered", "direct"]),
+                default="auto",
+                show_default=True,
+                help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
+            ),
             click.option(
                 "--isa",
                 type=click.Choice(["scalar", "avx2", "avx512"]),

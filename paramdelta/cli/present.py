@@ -30,21 +30,18 @@ _PROBE_BYTES = 256 << 20
 _WORST_SHOWN = 5
 
 
-def merge_inputs(
-    options: dict[str, Any], threads: int | None, memory: str | None, isa: str | None
-) -> tuple[MergeRequest, EngineOptions]:
-    """Return the request and the engine's options of a merge (``memory`` as a size such as ``256MiB``), or raise one
-    InputError for both."""
+def merge_inputs(options: dict[str, Any], *, memory: str, **machine: Any) -> tuple[MergeRequest, EngineOptions]:
+    """Return the request and the engine's options of a merge (``memory``: ``auto``, or a size such as ``256MiB``), or
+    raise one InputError for both."""
     from paramdelta.engine import EngineOptions
     from paramdelta.plan import make_request
     from paramdelta.plan.request import parse_size
 
     wrong: list[Complaint] = []
-    engine_options = EngineOptions(threads=threads, isa=isa)
+    engine_options = EngineOptions(**machine)
     try:
-        if memory is not None:
-            size = parse_size(memory, option="--memory")
-            engine_options = EngineOptions(threads=threads, memory=size, isa=isa)
+        if memory != "auto":
+            engine_options = EngineOptions(memory=parse_size(memory, option="--memory"), **machine)
     except InputError as error:
         wrong += error.complaints
     except OperandError as error:
@@ -66,6 +63,7 @@ def merge_report(report: MergeReport) -> None:
             f"{count(report.threads, 'thread')}, {report.isa}, "
             f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
         ),
+        ("storage", "; ".join(f"{_files(ways)} {what}" for what, ways in report.io.items() if ways)),
     ]
     if report.resumed_bytes:
         rows.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
@@ -76,6 +74,14 @@ def merge_report(report: MergeReport) -> None:
     print_table("merged", rows)
     if report.quantised:
         _quantised_table(report)
+
+
+_WAYS = {"cached": "in the page cache", "passing": "through the page cache", "direct": "past the page cache"}
+
+
+def _files(ways: dict[str, int]) -> str:
+    """Return how many files were reached which way: ``3 files past the page cache``."""
+    return ", ".join(f"{count(n, 'file')} {_WAYS[way]}" for way, n in ways.items())
 
 
 def _formats(policies: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from paramdelta.plan.choice import Stored
 from paramdelta.plan.naming import Names
 from paramdelta.plan.outputs import Making, Outputs, make_outputs
 from paramdelta.plan.pairing import NONE, Kind, Pairing
-from paramdelta.plan.regions import Copy, Place, RegionMaker
+from paramdelta.plan.regions import Copy, Places, RegionMaker
 from paramdelta.plan.request import MergeRequest
 from paramdelta.plan.work import SPAN, TERM, Work
 
@@ -80,14 +80,13 @@ def lay_out(
     headers, offsets = _headers(outputs, tables, order, files, dtypes, file_names)
     sizes = [len(header) + int(nbytes[order[files == i]].sum()) for i, header in enumerate(headers)]
     spans, terms = _spans(pairing, outputs, tables, order, files, offsets, dtypes, elements, nbytes)
-    places = _places(order, files, offsets)
     inputs = tables.inputs()
     maker = RegionMaker(
         pairing,
         outputs,
         stored.formats,
         tables.by_role(),
-        places,
+        Places(order, files, offsets),
         tables.first_files(),
         len(inputs),
         keep=request.scale_policy == "keep",
@@ -116,14 +115,6 @@ def lay_out(
     return Layout(
         outputs=outputs, order=order, dtypes=dtypes[order], nbytes=nbytes[order], files=files, work=work, index=index
     )
-
-
-def _places(order: Column, files: Column, offsets: Column) -> list[Place]:
-    """Return where each tensor lies, in the order of the pairing."""
-    places = [Place(0, 0, 0)] * len(order)
-    for tensor, (i, file, offset) in enumerate(zip(order.tolist(), files.tolist(), offsets.tolist(), strict=True)):
-        places[i] = Place(tensor, file, offset)
-    return places
 
 
 def _with_copies(spans: Column, copies: list[Copy]) -> tuple[Column, Column, Column]:
@@ -337,5 +328,12 @@ def _index(
     metadata = {**new_base.index_metadata, "total_size": total_size}
     if "total_parameters" in metadata:
         metadata["total_parameters"] = elements
-    weight_map = {name: file_names[file] for name, file in zip(names, files.tolist(), strict=True)}
-    return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
+    # json.dumps would hold every line in several pieces: for 100,000 names, more than all else the plan needs.
+    frame = json.dumps({"metadata": metadata, "weight_map": {}}, indent=2, sort_keys=True)
+    lines = bytearray(frame.removesuffix("{}\n}").encode() + b"{")
+    quoted = [json.dumps(name) for name in file_names]
+    for number, i in enumerate(sorted(range(len(names)), key=names.__getitem__)):
+        comma = "," if number else ""
+        lines += f"{comma}\n    {json.dumps(names[i])}: {quoted[int(files[i])]}".encode()
+    lines += b"\n  }\n}\n"
+    return bytes(lines)

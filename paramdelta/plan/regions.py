@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paramdelta.dtypes import DTYPES, F32
 from paramdelta.errors import Complaint, shown
@@ -26,6 +27,20 @@ class Place:
     tensor: int
     file: int
     offset: int
+
+
+class Places:
+    """Where the output tensors lie, by their numbers in the order of the pairing. ``order`` are those numbers in the
+    order of the files; ``files`` and ``offsets`` follow it."""
+
+    def __init__(self, order: NDArray[np.int64], files: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+        self._tensors = np.empty(len(order), np.int64)
+        self._tensors[order] = np.arange(len(order))
+        self._files, self._offsets = files, offsets
+
+    def __getitem__(self, number: int) -> Place:
+        tensor = int(self._tensors[number])
+        return Place(tensor, int(self._files[tensor]), int(self._offsets[tensor]))
 
 
 class Copy(NamedTuple):
@@ -77,7 +92,7 @@ class RegionMaker:
         outputs: Outputs,
         formats: list[Format | None],
         names: dict[str, Names],
-        places: list[Place],
+        places: Places,
         first_files: dict[str, int],
         literal_file: int,
         *,
