@@ -5,6 +5,7 @@ No Python runs per slot; this module wakes ten times a second to call ``on_progr
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paramdelta.errors import OperandError, StorageError
+from paramdelta.errors import OperandError, ResourceError, StorageError, storage_errors
 from paramdelta.storage import (
     CACHED,
     WAITING_SLOT,
@@ -123,15 +124,11 @@ def create_outputs(work: Work, folder: Path) -> list[Path]:
     paths = []
     for (name, size), header in zip(work.outputs, work.headers, strict=True):
         path = folder / name
-        try:
+        with storage_errors(path, "cannot be created"):
             with open(path, "r+b" if path.exists() else "xb") as file:
                 file.write(header)
                 file.truncate(size)
             _cpu.reserve(os.fsencode(path), size)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise StorageError(error.errno, f"{path}: cannot be created: {error.strerror}") from error
         paths.append(path)
     return paths
 
@@ -212,7 +209,11 @@ class RunningWork:
         self._engine = engine
         self._threads, self._slot_bytes, self._isa, self._paths = threads, slot_bytes, isa, paths
         self._started = time.perf_counter()
-        engine.start()
+        try:
+            engine.start()
+        except RuntimeError as error:
+            self.abandon()
+            raise ResourceError(f"{threads} threads could not be started: {error}") from error
 
     def wait_for(self, seconds: float) -> bool:
         """Wait at most ``seconds``; True when every worker is done."""
@@ -273,6 +274,9 @@ def start(
             slot_bytes=slot_bytes,
             isa=options.isa,
         )
+    except MemoryError:
+        slots = f"{threads} slots of {slot_bytes:,} bytes"
+        raise ResourceError(f"{slots} could not be allocated: this process may have no more memory") from None
     except ValueError as error:
         if "are too small" not in str(error):
             raise
@@ -301,7 +305,7 @@ def _allow_open_files(count: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise StorageError(
-            f"the merge opens {count} files, but this process may open only {hard}: raise the limit (ulimit -n)"
+            errno.EMFILE, f"the merge opens {count} files at once, but this process may open only {hard}"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 EXIT_OK = 0
@@ -36,9 +39,11 @@ class Complaint:
 
 
 class ParamDeltaError(Exception):
-    """Base of every error this package raises on purpose. ``exit_code`` is what the command line ends with."""
+    """Base of every error this package raises on purpose. ``exit_code`` is what the command line ends with; ``remedy``
+    says what to do about it where the text does not."""
 
     exit_code = EXIT_FAILED
+    remedy = ""
 
 
 class OperandError(ParamDeltaError, ValueError):
@@ -71,11 +76,60 @@ class PlanError(InputError):
     """The three checkpoints and the request do not fit together."""
 
 
+_REMEDIES = {
+    errno.ENOSPC: "make room on that file system, then repeat the command",
+    errno.EDQUOT: "a quota is used up: make room or have it raised, then repeat the command",
+    errno.EIO: "the device or file system has a fault, its log (dmesg) says more: move or fetch the file, then repeat",
+    errno.EACCES: "look at owner and permissions of the file and of the folders above it",
+    errno.EPERM: "look at owner, permissions and attributes (lsattr) of the file and of the folders above it",
+    errno.EROFS: "the file system is mounted read-only: name another --out",
+    errno.EFBIG: "files may not be that large here (ulimit -f, the file system): --max-shard-size writes smaller ones",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the system has too many open files: close some, or have the limit raised (fs.file-max)",
+    errno.ENOENT: "it went away while the merge ran: put it back, then repeat the command",
+    errno.ESTALE: "the file server has another file there: see that nothing replaces it, then repeat the command",
+    errno.ENOLCK: "locks are needed: name an --out on a file system that has them",
+    errno.ENOSYS: "the file system lacks a call that is needed: name an --out on another",
+}
+
+
+def remedy_of(error: OSError) -> str:
+    """Return what to do about a failed call, by its errno; empty where nothing general can be said."""
+    return _REMEDIES.get(error.errno or 0, "")
+
+
 class StorageError(ParamDeltaError, OSError):
-    """Reading or writing failed while the merge ran; nothing was published. ``errno`` is set where there is one."""
+    """Reading or writing failed while the merge ran; nothing was published. ``errno`` is set where there is one, and
+    the remedy is the one that goes with it where no other was given."""
+
+    def __init__(self, *args: Any, remedy: str = "") -> None:
+        super().__init__(*args)
+        self._given = remedy
+
+    @property
+    def remedy(self) -> str:  # type: ignore[override]
+        """What to do about it; empty where nothing general can be said."""
+        return self._given or remedy_of(self)
 
     def __str__(self) -> str:
         return str(self.args[-1])
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path, what: str, *, remedy: str = "") -> Iterator[None]:
+    """Turn an OSError of the block into a StorageError ``PATH: WHAT: CAUSE``."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(error.errno, f"{path}: {what}: {error.strerror}", remedy=remedy) from error
+
+
+class ResourceError(ParamDeltaError, RuntimeError):
+    """The process may have no more memory or threads; nothing was published."""
+
+    remedy = "raise the limit (ulimit -v, ulimit -u, the container's), or ask for less: --memory, --threads"
 
 
 class NotPublishedError(ParamDeltaError, ArithmeticError):

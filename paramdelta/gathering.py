@@ -62,8 +62,9 @@ def merge_part(
                 journal.add_measured(before.measured)
                 measured = list(before.measured)
             work = work.settled(measured)
-        noting = resuming.Noting(journal, outputs, lambda: None)
-        result, resumed = resuming.in_segments(work, noting, before, tensors, options, on_progress)
+        noting = resuming.Noting(plan.check_inputs, journal, outputs, lambda: None)
+        with plan.watched_inputs():
+            result, resumed = resuming.in_segments(work, noting, before, tensors, options, on_progress)
         report = RankReport(
             out=out,
             rank=rank.number,
@@ -119,7 +120,8 @@ def finalize(
         ranks = _finished(staging.control, world)
         plan = _plan(target, staging.control, world, ranks, allowed)
         check_space(plan, staging.folder)
-        result = _written_seam(plan, staging.folder, ranks, options, on_progress)
+        with plan.watched_inputs():
+            result = _written_seam(plan, staging.folder, ranks, options, on_progress)
         resumed = sum(int(rank.totals["resumed_bytes"]) for rank in ranks if rank.totals)
         return conclude(plan, staging, result, resumed=resumed, started=started)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import paramdelta
 from paramdelta.engine import NOTHING, RunResult, TensorCounts, TensorLoss
-from paramdelta.errors import Complaint, InputError, StorageError, shown
+from paramdelta.errors import Complaint, InputError, shown, storage_errors
 
 if TYPE_CHECKING:
     from paramdelta.checkpoint import Checkpoint
@@ -61,17 +61,16 @@ def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
 
 
 def _fingerprint(checkpoint: Checkpoint, number: int) -> dict[str, Any]:
-    """Size, digest of the header, and digests of the first and the last MiB of a file."""
+    """Size, time of the last modification, digest of the header, and digests of the first and the last MiB of a
+    file. The time is there for what the rest does not cover."""
     file = checkpoint.files[number]
-    try:
-        with open(file.path, "rb") as stream:
-            first = stream.read(_MIB)
-            stream.seek(max(0, file.size - _MIB))
-            last = stream.read(_MIB)
-    except OSError as error:
-        raise StorageError(error.errno, f"{file.path}: cannot be read: {error.strerror}") from error
+    with storage_errors(file.path, "cannot be read"), open(file.path, "rb") as stream:
+        first = stream.read(_MIB)
+        stream.seek(max(0, file.size - _MIB))
+        last = stream.read(_MIB)
     return {
         "bytes": file.size,
+        "modified": file.signature.modified,
         "header": file.digest,
         "first_mib": hashlib.sha256(first).hexdigest(),
         "last_mib": hashlib.sha256(last).hexdigest(),
@@ -102,11 +101,9 @@ class Journal:
             if differences:
                 raise InputError(_refusal(folder, differences))
             self.finished = replay(lines[1:])
-        try:
+        with storage_errors(self.path, "cannot be written"):
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             os.ftruncate(self._fd, length)  # what is whole stays untouched: a kill here must not lose it
-        except OSError as error:
-            raise StorageError(error.errno, f"{self.path}: cannot be written: {error.strerror}") from error
         self._who = who
         if not lines:
             self._append(who)
@@ -131,17 +128,16 @@ class Journal:
     def forget(self) -> None:
         """Begin anew: what the journal speaks of is gone."""
         self.finished = Finished()
-        os.ftruncate(self._fd, 0)
+        with storage_errors(self.path, "cannot be written"):
+            os.ftruncate(self._fd, 0)
         self._append(self._who)
 
     def _append(self, *lines: dict[str, Any]) -> None:
         data = "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8", "surrogatepass")
-        try:
+        with storage_errors(self.path, "cannot be written"):
             while data:
                 data = data[os.write(self._fd, data) :]
             os.fsync(self._fd)
-        except OSError as error:
-            raise StorageError(error.errno, f"{self.path}: cannot be written: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -187,10 +183,10 @@ def check_same(path: Path, who: dict[str, Any], remedy: str = "") -> None:
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the documents of a journal up to the first that was not written to its end, and their bytes; nothing where
     that is the first of all."""
-    try:
+    with storage_errors(path, "cannot be read"):
+        if not path.exists():
+            return [], 0
         data = path.read_bytes()
-    except OSError:
-        return [], 0
     documents, length = [], 0
     for line in data.split(b"\n")[:-1]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
 import math
 import shutil
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # A merge that fills the last byte of a file system leaves no room for its own metadata.
 _SPARE_BYTES = 16 << 20
 _MOST_LISTED = 20
+_PUT_BACK = "{}: a merge was cut short while it replaced this folder, which is there again as it was"
 
 
 def merge(
@@ -116,8 +118,13 @@ def run_merge(
     if request.out is None:
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
     with Staging(request.out) as staging:
+        if staging.put_back and not request.overwrite:
+            raise StorageError(_PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
         check_space(plan, staging.folder)
-        result, resumed = resuming.carry_out(plan, staging, options=options, restart=restart, on_progress=on_progress)
+        with plan.watched_inputs():
+            result, resumed = resuming.carry_out(
+                plan, staging, options=options, restart=restart, on_progress=on_progress
+            )
         return conclude(plan, staging, result, resumed=resumed, started=started)
 
 
@@ -125,7 +132,8 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     """Write the small files of a folder whose weights are done, and publish it where the result allows it."""
     request = plan.request
     assert request.out is not None
-    write_files(staging.folder, plan.written_files())
+    with plan.watched_inputs():
+        write_files(staging.folder, plan.written_files())
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
     lossy = _too_lossy(quantised, request.max_quant_error)
     publishable = (not nonfinite or request.allow_nonfinite) and not lossy
@@ -163,7 +171,8 @@ def check_space(plan: Plan, folder: Path) -> None:
     needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES - there
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise StorageError(f"{folder.parent.parent}: the output needs {needed:,} bytes, but only {free:,} are free")
+        text = f"{folder.absolute().parent.parent}: the output needs {needed:,} bytes, but only {free:,} are free"
+        raise StorageError(errno.ENOSPC, text)
 
 
 def losses(plan: Plan, result: engine.RunResult) -> tuple[Quantised, ...]:

@@ -7,20 +7,26 @@ import ctypes
 import errno
 import fcntl
 import os
-import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from paramdelta.errors import StorageError
+from paramdelta.errors import StorageError, storage_errors
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _LOCK = "lock"
 DOOR = "door"  # of ranks: only one at a time looks around and creates files
+_OLD = "replaced"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# Folders that this process left for a later run to continue.
+# Folders that this process left for a later run to continue, those that it could not remove, and those it published.
 kept: list[Path] = []
+stuck: list[Path] = []
+published: list[Path] = []
 
 
 class Staging:
@@ -28,7 +34,8 @@ class Staging:
     away without a trace, unless it is told to stay (:meth:`keep`) for a later run to continue.
 
     ``control`` is .TARGET.partial, locked against another merge into the same target; ``folder`` within it is what will
-    be the target. What an earlier run left there is found, not removed: see :meth:`clear`.
+    be the target. What an earlier run left there is found, not removed: see :meth:`clear`. Where it left the folder
+    that it was about to replace, that folder is put back, and ``put_back`` is true.
     """
 
     def __init__(self, target: Path) -> None:
@@ -37,10 +44,12 @@ class Staging:
         self.folder = self.control / "output"
         self._lock: int | None = None
         self._stays = False
+        self.put_back = False
 
     def __enter__(self) -> Staging:
         try:
             self._lock = locked(self.control)
+            self._put_back()
             if not self.folder.is_dir():  # then what else is there speaks of another one
                 self.folder.mkdir()
                 self._clear_notes()
@@ -51,18 +60,44 @@ class Staging:
                 error.errno, f"{self.target}: another merge is writing it (its folder {self.control} is locked)"
             ) from error
         except OSError as error:
-            raise StorageError(
-                error.errno, f"{self.control}: cannot create the temporary folder: {error.strerror}"
-            ) from error
+            self._remove_bare()
+            text = f"{self.control}: cannot create the temporary folder: {error.strerror}"
+            raise StorageError(error.errno, text + _owner(self.control)) from error
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._stays:
-            kept.append(self.control)
+    def _put_back(self) -> None:
+        """Undo a replacement that was cut short between its two renames."""
+        old = self.control / _OLD
+        if not old.is_dir():
+            return
+        if os.path.lexists(self.target):  # the new folder was already there
+            shutil.rmtree(old)
         else:
-            shutil.rmtree(self.control, ignore_errors=True)
+            os.rename(old, self.target)
+            _sync(self.target.parent)
+            self.put_back = True
+
+    def _remove_bare(self) -> None:
+        """Remove the temporary folder where it is ours and holds no more than the lock; release the lock."""
+        with contextlib.suppress(OSError):
+            if self.control.stat().st_uid == os.geteuid() and set(os.listdir(self.control)) <= {_LOCK}:
+                (self.control / _LOCK).unlink(missing_ok=True)
+                self.control.rmdir()
         if self._lock is not None:
             os.close(self._lock)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            with _undisturbed():
+                if self._stays:
+                    kept.append(self.control)
+                    return
+                shutil.rmtree(self.control, ignore_errors=True)
+                if self.control.exists():
+                    stuck.append(self.control)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
 
     def keep(self) -> None:
         """Leave the folder where it is when this run ends without publishing it."""
@@ -71,11 +106,11 @@ class Staging:
     def clear(self) -> None:
         """Remove what an earlier run left, except the lock."""
         self.forget_output()
-        with _storage_errors(self.control, "cannot be cleared"):
+        with storage_errors(self.control, "cannot be cleared"):
             self._clear_notes()
 
     def _notes(self) -> Iterator[Path]:
-        return (entry for entry in self.control.iterdir() if entry.name not in (self.folder.name, _LOCK, DOOR))
+        return (entry for entry in self.control.iterdir() if entry.name not in (self.folder.name, _LOCK, DOOR, _OLD))
 
     def _clear_notes(self) -> None:
         for entry in list(self._notes()):
@@ -84,40 +119,92 @@ class Staging:
     def forget_output(self) -> None:
         """Remove the output of an earlier run, and nothing else."""
         self._stays = False
-        with _storage_errors(self.folder, "cannot be cleared"):
+        with storage_errors(self.folder, "cannot be cleared"):
             shutil.rmtree(self.folder)
             self.folder.mkdir()
 
     def publish(self, *, overwrite: bool) -> None:
         """Sync every file and the folder, then rename it to the target. With ``overwrite`` an existing target is
         exchanged in one step and removed afterwards; without, an existing target is an error."""
-        with _storage_errors(self.folder, "cannot be synced"):
-            for path in sorted(self.folder.rglob("*")):
-                if path.is_file():
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file():
+                with storage_errors(path, "cannot be synced"):
                     _sync(path)
+        with storage_errors(self.folder, "cannot be synced"):
             _sync(self.folder)
-            # From here on, what lies in the folder may be what was there before: no journal may speak of it.
-            self._clear_notes()
-            _sync(self.control)
-        with _storage_errors(self.target, "cannot be published"):
-            if overwrite and self.target.is_dir():
-                self._replace()
-            else:
-                _rename_new(self.folder, self.target)
+        with _undisturbed():
+            with storage_errors(self.target, "cannot be published"):
+                if overwrite and self.target.is_dir():
+                    self._replace()
+                else:
+                    _rename_new(self.folder, self.target)
             self._stays = False
-            _sync(self.target.parent)
+            published.append(self.target)
+            parent = self.target.parent
+            unsure = f"is complete, but may be gone after a power cut: syncing {parent} failed"
+            with storage_errors(
+                self.target, unsure, remedy=f"look at the system's log (dmesg), then: sync -f {parent}"
+            ):
+                _sync(parent)
 
     def _replace(self) -> None:
-        if _exchange(self.folder, self.target):
-            return  # the old folder goes with the temporary one
-        old = self.target.parent / f".{self.target.name}.old-{secrets.token_hex(4)}"
+        """Exchange the folder with the target. An exchange leaves the old folder where the new one was, so no journal
+        may speak of it then; if it fails, the journal is worth keeping."""
+        notes = [(path, path.read_bytes()) for path in self._notes()]
+        self._clear_notes()
+        _sync(self.control)
+        try:
+            if not _exchange(self.folder, self.target):
+                self._rename_twice()
+        except OSError:
+            for path, data in notes:
+                path.write_bytes(data)
+            raise
+
+    def _rename_twice(self) -> None:
+        """Replace the target where the file system cannot exchange. Killed between the renames, the old folder lies in
+        the temporary one, from where the next run takes it back."""
+        old = self.control / _OLD
         os.rename(self.target, old)
         try:
             os.rename(self.folder, self.target)
         except OSError:
             os.rename(old, self.target)
             raise
-        shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put signals that would interrupt the block off to its end: what is half published, or half removed, cannot be
+    told in a word."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        came.append(number)
+
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for which in ours:
+        signal.signal(which, note)
+    try:
+        yield
+    finally:
+        for which, handler in ours.items():
+            signal.signal(which, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _owner(folder: Path) -> str:
+    """Return words for the owner of a folder of another user's, an empty string where there is none."""
+    with contextlib.suppress(OSError):
+        owner = folder.stat().st_uid
+        if owner != os.geteuid():
+            return f" (it is there already and belongs to user {owner})"
+    return ""
 
 
 def locked(control: Path, *, shared: bool = False) -> int:
@@ -142,20 +229,10 @@ def write_files(folder: Path, files: Iterable[tuple[str, bytes | Path]]) -> None
     """Write or copy small files into ``folder``, over what an earlier run wrote."""
     for name, content in files:
         path = folder / name
-        with _storage_errors(path, "cannot be written"):
+        with storage_errors(path, "cannot be written"):
             data = content if isinstance(content, bytes) else content.read_bytes()
             with open(path, "wb") as file:
                 file.write(data)
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(error.errno, f"{path}: {what}: {error.strerror}") from error
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from paramdelta import engine
 from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, TensorLoss
-from paramdelta.errors import StorageError
+from paramdelta.errors import storage_errors
 from paramdelta.journal import Journal, check_same, identity, rank_journals
 from paramdelta.segments import SEGMENT_BYTES, Segment, cut
 from paramdelta.storage import Trial
@@ -45,6 +45,7 @@ def carry_out(
     A merge of one segment keeps no journal. Raises InputError where the folder holds an unfinished merge that is not
     this one (unless ``restart``), else as :func:`paramdelta.engine.run`.
     """
+    plan.check_inputs()
     limit = segment_bytes()
     for path in rank_journals(staging.control):
         if not restart:
@@ -67,10 +68,11 @@ def carry_out(
             work = work.settled(done.measured)
         elif work.unsettled:
             work, before = engine.settle(work, tensors=len(plan.names), options=options, on_progress=on_progress)
+            plan.check_inputs()
             journal.add_measured(before.measured)
         if plan.work.unsettled:  # a pass over all inputs is worth keeping
             staging.keep()
-        noting = Noting(journal, outputs, staging.keep)
+        noting = Noting(plan.check_inputs, journal, outputs, staging.keep)
         return in_segments(work, noting, before, len(plan.names), options, on_progress)
 
 
@@ -101,8 +103,10 @@ class Noting:
     """Runs segments, and syncs and notes each while the next one runs. ``keep`` is called once there is something to
     continue."""
 
-    def __init__(self, journal: Journal, outputs: Sequence[Path], keep: Callable[[], None]) -> None:
-        self.journal, self.outputs, self.keep = journal, outputs, keep
+    def __init__(
+        self, check: Callable[[], None], journal: Journal, outputs: Sequence[Path], keep: Callable[[], None]
+    ) -> None:
+        self.check, self.journal, self.outputs, self.keep = check, journal, outputs, keep
 
     def run(
         self,
@@ -121,6 +125,7 @@ class Noting:
         trial = Trial(engine.paths_for(segments[0].work, self.outputs, options), len(missing))
         with ThreadPoolExecutor(max_workers=1) as background:
             for number in missing:
+                self.check()  # a file that became a pipe would block its opening for ever
                 segment, paths, earlier = segments[number], trial.next(), total
                 total = engine.carry_out(
                     segment.work,
@@ -139,18 +144,18 @@ class Noting:
         return joined(total, results)
 
     def note(self, number: int, segment: Segment, result: RunResult) -> None:
-        """Sync the files of a segment, then say in the journal that it is finished."""
+        """Sync the files of a segment, then say in the journal that it is finished. What was made from inputs that
+        changed meanwhile never is."""
         for file in segment.files:
             path = self.outputs[file]
-            try:
+            with storage_errors(path, "cannot be synced"):
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     os.fdatasync(fd)
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what is on disk need not stay in memory
                 finally:
                     os.close(fd)
-            except OSError as error:
-                raise StorageError(error.errno, f"{path}: cannot be synced: {error.strerror}") from error
+        self.check()
         self.journal.add_segment(number, result)
         self.keep()
 

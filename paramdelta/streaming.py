@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from paramdelta import engine
-from paramdelta.errors import NonFiniteError, OperandError, shown
+from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
 
@@ -63,6 +63,7 @@ def stream(
 
 def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:
     work, _ = engine.settle(plan.work, tensors=len(plan.names), options=options)
+    plan.check_inputs()
     ahead: _Batch | None = None
     groups = _grouped(plan, batch_bytes)
     try:
@@ -73,6 +74,9 @@ def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_by
             tensors = ready.finish()
             ahead = None if following is None else _Batch(plan, work, following, framework, options)
             yield from tensors
+    except (StorageError, ValueError):
+        plan.check_inputs()  # a cause that says more than what it led to
+        raise
     finally:
         if ahead is not None:
             ahead.abandon()
@@ -99,6 +103,7 @@ class _Batch:
         allocate = _allocate_torch if framework == "pt" else _allocate_numpy
         pairs = [allocate(plan, tensor) for tensor in tensors]
         self._values = [value for value, _ in pairs]
+        plan.check_inputs()
         part = _into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
         self._run = engine.start(part, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 
@@ -110,6 +115,7 @@ class _Batch:
             self._run.abandon()
             raise
         counts = self._run.finish().counts
+        self._plan.check_inputs()  # no tensor is handed out that other files than the planned ones went into
         if counts and not self._plan.request.allow_nonfinite:
             rows = ", ".join(
                 f"{shown(self._plan.names[c.tensor])} ({c.nan} NaN, {c.inf} Inf, {c.overflow} overflow)" for c in counts

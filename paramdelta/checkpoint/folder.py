@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from paramdelta.checkpoint.header import Header, read_header
+from paramdelta.checkpoint.signature import Signature
 from paramdelta.checkpoint.table import TensorTable
-from paramdelta.errors import CheckpointError, Complaint, shown
+from paramdelta.errors import CheckpointError, Complaint, remedy_of, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,13 +28,15 @@ _CONVERT = "convert: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').sav
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One safetensors file: its name in the folder, where it really lies, its size, and what its header says."""
+    """One safetensors file: its name in the folder, where it really lies, its size, and what its header says.
+    ``signature`` was taken before the header was read, so that no later change escapes it."""
 
     name: str
     path: Path
     size: int
     metadata: dict[str, str]
     digest: str
+    signature: Signature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint
     try:
         entries = sorted(os.listdir(folder))
     except OSError as error:
-        _fail(str(folder), f"{role} cannot be read: {error.strerror}")
+        _fail(str(folder), f"{role} cannot be read: {error.strerror}", remedy_of(error))
     complaints: list[Complaint] = []
     config = read_json(folder, "config.json", complaints) if "config.json" in entries else {}
     if INDEX in entries:
@@ -134,7 +137,7 @@ def _check_folder(folder: Path, role: str) -> None:
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:  # a name too long, a parent that may not be entered
-        _fail(str(folder), f"{role} cannot be opened: {error.strerror}")
+        _fail(str(folder), f"{role} cannot be opened: {error.strerror}", remedy_of(error))
     if is_folder:
         return
     if exists:
@@ -224,12 +227,17 @@ def _open_shard(folder: Path, name: str) -> tuple[ShardFile, Header]:
     except FileNotFoundError:
         _fail(str(path), "is named, but missing (or what it links to is)", "download the checkpoint again, all of it")
     except OSError as error:
-        _fail(str(path), f"cannot be opened: {error.strerror}")
+        _fail(str(path), f"cannot be opened: {error.strerror}", remedy_of(error))
     if not stat.S_ISREG(status.st_mode):
         _fail(str(path), "is not a regular file")
     header = read_header(path)
     shard = ShardFile(
-        name=name, path=path.resolve(), size=status.st_size, metadata=header.metadata, digest=header.digest
+        name=name,
+        path=path.resolve(),
+        size=status.st_size,
+        metadata=header.metadata,
+        digest=header.digest,
+        signature=Signature.of(status),
     )
     return shard, header
 
@@ -306,7 +314,7 @@ def read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str,
     except ValueError as error:
         complaints.append(Complaint(str(path), str(error)))
     except OSError as error:
-        complaints.append(Complaint(str(path), f"cannot be read: {error.strerror}"))
+        complaints.append(Complaint(str(path), f"cannot be read: {error.strerror}", remedy_of(error)))
     else:
         return value
     return {}

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta.dtypes import BY_SAFETENSORS, DType
-from paramdelta.errors import CheckpointError, Complaint, shown
+from paramdelta.errors import CheckpointError, Complaint, remedy_of, shown
 
 MAX_HEADER_READ = 100_000_000  # the reference library's cap
 MAX_VALUES = 4_000_000  # half a million tensors; bounds the memory that 100 MB of hostile JSON can take
@@ -80,7 +80,7 @@ def read_header(path: Path, *, subject: str | None = None) -> Header:
         finally:
             os.close(fd)
     except OSError as error:
-        _fail(subject, f"cannot be read: {error.strerror}")
+        _fail(subject, f"cannot be read: {error.strerror}", remedy_of(error))
     return parse_header(raw, file_size=status.st_size, subject=subject)
 
 

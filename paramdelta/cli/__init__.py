@@ -3,6 +3,8 @@ heavy is imported until a command runs, so ``--help`` answers at once."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -12,9 +14,10 @@ from typing import Any, NoReturn
 import click
 
 from paramdelta import JSON_VERSION
-from paramdelta.errors import EXIT_FAILED, InputError, ParamDeltaError
+from paramdelta.errors import EXIT_FAILED, InputError, ParamDeltaError, ResourceError, StorageError
 
 EXIT_INTERRUPTED = 130
+_NO_MEMORY = ("annot allocate memory", "failed to map segment")  # from the dynamic linker
 
 
 def main() -> NoReturn:
@@ -24,32 +27,79 @@ def main() -> NoReturn:
     signals: list[int] = []
 
     def interrupt(number: int, _frame: object) -> NoReturn:
-        """Both signals end alike: workers stop, the temporary folder goes away."""
+        """All these signals end alike: workers stop, the temporary folder goes away."""
         signals.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+    _open_standard_streams()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, interrupt)
     as_json = "--json" in sys.argv[1:]
     try:
         code = cli.main(prog_name="paramdelta", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _end_interrupted()
-    except ImportError:
-        # An interrupt within the start of an extension module comes out as its failure.
+    except ImportError as error:
+        # An interrupt within the start of an extension module comes out as its failure; so does a lack of memory.
         if signals:
             _end_interrupted()
-        raise
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        _end_without_memory(as_json=as_json)
+    except MemoryError:
+        _end_without_memory(as_json=as_json)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
     except ParamDeltaError as error:
         report_error(error, as_json=as_json)
         code = error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = EXIT_FAILED
-    sys.exit(code)
+    except SystemExit:  # click's answer to a reader that went away before the document was written
+        code = _report_lost(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+    except OSError as error:
+        code = _report_lost(error)
+    sys.exit(_flushed(code))
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null where a standard stream is closed: the next file opened would take its number, and a stray message
+    would be written into a checkpoint."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
+def _flushed(code: Any) -> Any:
+    """Flush standard output; return the exit code. A reader that has gone away changes nothing, a full disk does."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what is left in the buffer must not be tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            return _report_lost(error)
+    return code
+
+
+def _report_lost(error: OSError) -> int:
+    """Say that what the command had to tell could not be told: an error, though a merge may be published."""
+    where = error.filename or "standard output"
+    published = "".join(f"; {folder} is published, complete" for folder in _folders("published"))
+    report_error(StorageError(error.errno, f"{where}: {error.strerror}{published}"), as_json=False)
+    return EXIT_FAILED
+
+
+def _end_without_memory(*, as_json: bool) -> NoReturn:
+    error = ResourceError("this process may have no more memory")
+    try:
+        report_error(error, as_json=as_json)
+        _flushed(EXIT_FAILED)
+    except MemoryError:  # not even for that
+        os.write(2, b"error: this process may have no more memory\n")
+    # Not sys.exit: the interpreter's own end takes memory too. Workers are joined and files are gone by now.
+    os._exit(EXIT_FAILED)
 
 
 def report_error(error: ParamDeltaError, *, as_json: bool) -> None:
@@ -60,8 +110,8 @@ def report_error(error: ParamDeltaError, *, as_json: bool) -> None:
         print(json.dumps(error_document(error), indent=2))
     else:
         render.print_error(error)
-        if _kept():
-            print(f"    → {_what_is_left()}", file=sys.stderr)
+        for line in _remains():
+            render.say(f"    → {line}", err=True)
 
 
 def error_document(error: ParamDeltaError) -> dict[str, Any]:
@@ -69,7 +119,7 @@ def error_document(error: ParamDeltaError) -> dict[str, Any]:
     complaints = (
         [{"subject": c.subject, "problem": c.problem, "remedy": c.remedy} for c in error.complaints]
         if isinstance(error, InputError)
-        else [{"subject": "", "problem": str(error), "remedy": ""}]
+        else [{"subject": "", "problem": str(error), "remedy": error.remedy}]
     )
     return {
         "version": JSON_VERSION,
@@ -77,24 +127,30 @@ def error_document(error: ParamDeltaError) -> dict[str, Any]:
         "error": type(error).__name__,
         "exit_code": error.exit_code,
         "complaints": complaints,
+        "left": [str(folder) for kind in ("kept", "stuck") for folder in _folders(kind)],
     }
 
 
 def _end_interrupted() -> NoReturn:
-    print(f"interrupted: nothing was published, {_what_is_left()}", file=sys.stderr, flush=True)
+    from paramdelta.cli import render
+
+    published = _folders("published")
+    outcome = f"{', '.join(published)} is published, complete" if published else "nothing was published"
+    left = _remains() or ["the temporary folder is removed"]
+    render.say(f"interrupted: {'; '.join([outcome, *left])}", err=True)
     # Not sys.exit: an interrupt that fell into an exec() during an import makes the interpreter end by SIGINT, handled
     # or not. Workers are joined and files are gone by now.
     os._exit(EXIT_INTERRUPTED)
 
 
-def _kept() -> list[str]:
-    """Folders with the unfinished work of a merge; nothing is imported to find that there are none."""
+def _folders(kind: str) -> list[str]:
+    """Folders that a merge kept, could not remove, or published; nothing is imported to find that there are none."""
     publish = sys.modules.get("paramdelta.publish")
-    return [str(folder) for folder in publish.kept] if publish is not None else []
+    return [str(folder) for folder in getattr(publish, kind, ())]
 
 
-def _what_is_left() -> str:
-    folders = _kept()
-    if not folders:
-        return "the temporary folder is removed"
-    return f"what is finished stays in {', '.join(folders)}: the same command continues there"
+def _remains() -> list[str]:
+    """Return what is to be said of the temporary folders that are still there."""
+    kept, stuck = _folders("kept"), _folders("stuck")
+    lines = [f"what is finished stays in {', '.join(kept)}: the same command continues there"] if kept else []
+    return lines + ([f"{', '.join(stuck)} could not be removed: remove it yourself"] if stuck else [])

@@ -10,7 +10,7 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FOLDER = click.Path(file_okay=True, dir_okay=True, path_type=str)
+FOLDER = click.Path(file_okay=True, dir_okay=True, readable=False, path_type=str)  # opening it says more
 
 
 def _apply(function: F, options: list[Callable[[F], F]]) -> F:

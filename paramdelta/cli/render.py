@@ -39,9 +39,10 @@ def count(number: int, noun: str) -> str:
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print one line; a reader that has gone away (a closed pipe) is no error of the merge."""
+    """Print one line; a reader that has gone away (a closed pipe) is no error of the merge. Nor is anything that
+    befalls standard error: a terminal that hung up, a full disk."""
     stream = sys.stderr if err else sys.stdout
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError if err else BrokenPipeError):
         print(text, file=stream, flush=True)
 
 
@@ -53,6 +54,8 @@ def print_error(error: ParamDeltaError) -> None:
         say(f"{count(len(error.complaints), 'problem')}; nothing was written.", err=True)
     else:
         say(f"error: {error}", err=True)
+        if error.remedy:
+            say(f"    → {error.remedy}", err=True)
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
@@ -67,7 +70,7 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
     live bar on a terminal, a line every ten seconds elsewhere."""
     if quiet:
         yield None
-    elif not sys.stderr.isatty():
+    elif sys.stderr is None or not sys.stderr.isatty():
         yield _line_progress(total)
     else:
         from rich.console import Console
@@ -146,6 +149,10 @@ def print_rich(renderable: Any) -> None:
     """Print a rich object on standard output: in colour on a terminal, plain and 100 columns wide in a pipe."""
     from rich.console import Console
 
+    if sys.stdout is None:
+        return
     width = None if sys.stdout.isatty() else 100
-    with contextlib.suppress(BrokenPipeError):
-        Console(width=width, highlight=False, markup=False).print(renderable)
+    console = Console(width=width, highlight=False, markup=False)
+    with console.capture() as captured:  # left to itself, rich ends the program where the reader has gone away
+        console.print(renderable)
+    say(captured.get().removesuffix("\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from paramdelta import JSON_VERSION
 from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
+from paramdelta.checkpoint.signature import check_unchanged
 from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, PlanError
 from paramdelta.formats import Format
@@ -131,6 +133,21 @@ class Plan:
             content = file.data if file.data is not None else file.source
             assert content is not None
             yield file.name, content
+
+    def check_inputs(self) -> None:
+        """Raise StorageError where a shard of an input is not what it was when its header was read."""
+        check_unchanged((f.path, f.signature) for c in (self.post, self.base, self.new_base) for f in c.files)
+
+    @contextlib.contextmanager
+    def watched_inputs(self) -> Iterator[None]:
+        """Raise StorageError where a shard of an input is another at the end of the block, also in place of whatever
+        error that led to."""
+        try:
+            yield
+        except Exception:
+            self.check_inputs()
+            raise
+        self.check_inputs()
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from paramdelta.checkpoint import Checkpoint
 from paramdelta.dtypes import DType
-from paramdelta.errors import shown
+from paramdelta.errors import shown, storage_errors
 from paramdelta.plan.quantising import QuantConfig
 
 # Fields about use: which tokens begin, end and pad a text. Post-training sets them, the weights do not depend on them.
@@ -91,7 +91,8 @@ def merge_config(
 
 def _bytes_of(path: Path, merged: dict[str, Any], original: dict[str, Any]) -> bytes:
     if merged == original:
-        return path.read_bytes()
+        with storage_errors(path, "cannot be read"):
+            return path.read_bytes()
     return (json.dumps(merged, indent=2, ensure_ascii=False) + "\n").encode()
 
 

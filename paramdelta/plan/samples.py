@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta.dtypes import DTYPES
+from paramdelta.errors import storage_errors
 from paramdelta.formats import CODEC_BITS, CODECS
 from paramdelta.plan.work import Work
 from paramdelta.reference_codes import code_values, scale_values, unpack, unpack_zero_points
@@ -106,14 +107,14 @@ def _path(work: Work, file: int) -> Path:
 
 
 def _lines(path: Path, offset: int, lines: int, stride: int, length: int) -> NDArray[np.uint8]:
-    """Read ``lines`` of ``length`` bytes. A file that cannot be read here will be an error of the merge itself."""
+    """Read ``lines`` of ``length`` bytes."""
     data = b"".join(read_bytes(path, int(offset) + line * int(stride), int(length)) for line in range(lines))
     return np.frombuffer(data, np.uint8).reshape(lines, int(length))
 
 
 def read_bytes(path: Path, offset: int, count: int) -> bytes:
-    """Read bytes for a warning, zeros beyond the end of the file."""
-    with open(path, "rb", buffering=0) as file:
+    """Read bytes for a warning, zeros beyond the end of the file. Raises StorageError."""
+    with storage_errors(path, f"reading at byte {offset} failed"), open(path, "rb") as file:
         file.seek(offset)
         data = file.read(count)
     return data + bytes(count - len(data))

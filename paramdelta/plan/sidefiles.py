@@ -12,6 +12,7 @@ from typing import Any
 
 import paramdelta
 from paramdelta.checkpoint import Checkpoint
+from paramdelta.errors import storage_errors
 from paramdelta.plan.request import MergeRequest
 
 RECORD = "paramdelta.json"
@@ -141,4 +142,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _same_text(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    return name in b.side_files and (a.path / name).read_bytes() == (b.path / name).read_bytes()
+    if name not in b.side_files:
+        return False
+    with storage_errors(a.path / name, f"cannot be compared with {b.path / name}"):
+        return (a.path / name).read_bytes() == (b.path / name).read_bytes()

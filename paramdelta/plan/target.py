@@ -29,8 +29,18 @@ def _check(request: MergeRequest, out: Path) -> list[Complaint]:
     if not parent.is_dir():
         wrong.append(Complaint(str(out), f"its parent folder {parent} does not exist", f"mkdir -p {parent}"))
     elif not os.access(parent, os.W_OK | os.X_OK):
-        wrong.append(Complaint(str(out), f"its parent folder {parent} cannot be written to"))
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        why = "it lies on a file system that is mounted read-only" if read_only else "its permissions forbid it"
+        wrong.append(
+            Complaint(str(out), f"its parent folder {parent} cannot be written to: {why}", "name another --out")
+        )
+    if out.is_symlink():
+        wrong.append(
+            Complaint(
+                str(out), f"is a symbolic link, to {os.readlink(out)}", "name the folder itself, or name another --out"
+            )
+        )
+    elif out.exists() and not out.is_dir():
         wrong.append(Complaint(str(out), "exists and is not a folder", "name another --out"))
     elif out.is_dir() and not request.overwrite:
         wrong.append(Complaint(str(out), "exists already", "--overwrite replaces it, or name another --out"))

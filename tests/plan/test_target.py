@@ -67,7 +67,8 @@ def test_what_is_no_folder_is_never_replaced(
             (merged / "paramdelta.json").write_text("{}")
         out.symlink_to(merged)
     text = complaint(folders, out=out, overwrite=overwrite)
-    assert f"{out}: exists and is not a folder" in text
+    problem = "is a symbolic link, to" if out.is_symlink() else "exists and is not a folder"
+    assert f"{out}: {problem}" in text
     assert "name another --out" in text
 
 
