@@ -149,7 +149,7 @@ def format_header(
         _fail(subject, "a tensor cannot be called __metadata__", "--exclude or --rename it")
     if len(set(names)) != len(names):
         _fail(subject, "two tensors would have the same name")
-    if not all(map(_is_unicode, (*names, *metadata, *metadata.values()))):
+    if not all(map(is_unicode, (*names, *metadata, *metadata.values()))):
         _fail(subject, "a name or a metadata value holds a lone surrogate, which no Unicode text has")
     sizes = np.array([math.prod(shape) * d.bits // 8 for shape, d in zip(shapes, dtypes, strict=True)], np.int64)
     ends = np.cumsum(sizes, dtype=np.int64)
@@ -234,11 +234,12 @@ def _refuse_lone_surrogates(parsed: _Object) -> None:
         value = waiting.pop()
         if isinstance(value, list | tuple):
             waiting += value
-        elif isinstance(value, str) and not _is_unicode(value):
+        elif isinstance(value, str) and not is_unicode(value):
             raise _Refused("holds a lone surrogate, which no Unicode text has")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a string has no lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from paramdelta.errors import InputError, ParamDeltaError, shown
+from paramdelta.errors import InputError, ParamDeltaError, escaped, shown
 
 _LINE_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -39,10 +39,11 @@ def count(number: int, noun: str) -> str:
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print one line; a reader that has gone away (a closed pipe) is no error of the merge."""
+    """Print text, escaped but for its ends of lines; a reader that has gone away (a closed pipe) is no error of the
+    merge."""
     stream = sys.stderr if err else sys.stdout
     with contextlib.suppress(BrokenPipeError):
-        print(text, file=stream, flush=True)
+        print(escaped(text, keep="\n"), file=stream, flush=True)
 
 
 def print_error(error: ParamDeltaError) -> None:
@@ -125,7 +126,7 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, escaped(value))
     print_rich(table)
 
 
@@ -148,4 +149,4 @@ def print_rich(renderable: Any) -> None:
 
     width = None if sys.stdout.isatty() else 100
     with contextlib.suppress(BrokenPipeError):
-        Console(width=width, highlight=False, markup=False).print(renderable)
+        Console(width=width, highlight=False, markup=False, emoji=False).print(renderable)

@@ -3,6 +3,7 @@ model card, and a record of what was done. No times, hosts or absolute paths: eq
 
 from __future__ import annotations
 
+import filecmp
 import fnmatch
 import json
 from collections.abc import Sequence
@@ -141,4 +142,4 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _same_text(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    return name in b.side_files and (a.path / name).read_bytes() == (b.path / name).read_bytes()
+    return name in b.side_files and filecmp.cmp(a.path / name, b.path / name, shallow=False)
