@@ -58,7 +58,7 @@ def verify(
     Raises InputError where ``out`` is no merged folder or the sources cannot be merged.
     """
     out = Path(out)
-    plan = prepare(_recorded_request(out, post, base, new_base))
+    plan = prepare(recorded_request(out, post, base, new_base))
     try:
         made = open_checkpoint(out, role="out")
     except CheckpointError as error:
@@ -85,7 +85,8 @@ def verify(
     )
 
 
-def _recorded_request(out: Path, post: str | Path, base: str | Path, new_base: str | Path) -> MergeRequest:
+def recorded_request(out: Path, post: str | Path, base: str | Path, new_base: str | Path) -> MergeRequest:
+    """Return the request that a merged folder records, for these sources. Raises InputError."""
     path, complaints = out / RECORD, list[Complaint]()
     document = read_json(out, RECORD, complaints)
     if complaints:
