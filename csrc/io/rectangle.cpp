@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "io/guard.hpp"
+
 namespace paramdelta::io {
 
 // Items of a plane in a file: (r, c) at offset + r · row_stride + c · col_stride.
@@ -195,6 +197,7 @@ std::byte* Rectangle::take(std::size_t bytes) {
   free_ = to + bytes;
   if (free_ > memory_ + bytes_)
     throw std::logic_error("a piece outgrew its slot by " + std::to_string(free_ - (memory_ + bytes_)));
+  allow(to, bytes);
   return to;
 }
 
@@ -295,6 +298,7 @@ void Rectangle::prepare_output(const std::vector<Input>& inputs) {
 std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs) {
   piece_ = piece;
   free_ = memory_;
+  forbid(memory_, bytes_);
   read_ = 0;
   const Region& at = region();
   job_ = {};

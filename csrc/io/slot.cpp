@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "io/guard.hpp"
+
 namespace paramdelta::io {
 namespace {
 
@@ -51,6 +53,7 @@ std::byte* Slot::place(const Location& at, std::size_t bytes) {
                          reads_.back().offset + static_cast<std::int64_t>(reads_.back().bytes) == at.offset &&
                          reads_.back().to + reads_.back().bytes == free_;
   std::byte* to = neighbour ? free_ : aligned(free_);
+  if (to + bytes <= memory_ + bytes_) allow(to, bytes);
   read_into(to, at, bytes);
   free_ = to + bytes;
   return to;
@@ -89,8 +92,12 @@ void Slot::lay_out(std::vector<Target>& outputs) {
   }
   Target& target = outputs[static_cast<std::size_t>(work_.spans[parts_.front().span].out_file)];
   free_ = memory_;
+  forbid(memory_, bytes_);
   out_ = target.memory ? target.memory + out_offset() : free_;
-  if (!target.memory) free_ += out_bytes_;
+  if (!target.memory) {
+    allow(memory_, std::min(out_bytes_, bytes_));
+    free_ += out_bytes_;
+  }
   std::byte* out = out_;
   for (const Part& part : parts_) {
     outs_.push_back(out);

@@ -25,6 +25,7 @@ from paramdelta.errors import CheckpointError, Complaint, shown
 
 MAX_HEADER_READ = 100_000_000  # the reference library's cap
 MAX_VALUES = 4_000_000  # half a million tensors; bounds the memory that 100 MB of hostile JSON can take
+MAX_DIMENSIONS = 32  # NumPy before 2.0 has no more
 MAX_HEADER_WRITTEN = 25_000_000  # the Hub's cap
 DATA_ALIGNMENT = 4096  # direct I/O wants the data to start at a page
 _MOST_SHOWN = 20
@@ -302,6 +303,8 @@ def _add_row(rows: _Rows, name: str, value: Any) -> str | None:
     begin, end = offsets
     if end < begin:
         return f"has data_offsets that run backwards: {begin} to {end}"
+    if len(shape) > MAX_DIMENSIONS:
+        return f"has a shape of {len(shape):,} dimensions; the most allowed is {MAX_DIMENSIONS}"
     bits = dtype.bits
     for size in shape:
         bits *= size

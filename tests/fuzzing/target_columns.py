@@ -184,6 +184,6 @@ def _disturb(choices: Choices, columns: dict[str, Any]) -> None:
     kind = rows.dtype[field]
     row = choices.number(0, len(rows) - 1)
     if kind.kind == "f":
-        rows[field][row] = choices.pick((0.0, -1.0, np.nan, np.inf, 1e300, 1e-300, float(value)))
+        rows[field][row] = choices.pick((0.0, -1.0, np.nan, np.inf, 1e-30, 3e38, float(value & 7)))
     else:
         rows[field][row] = np.array(value & (2 ** (8 * kind.itemsize) - 1), np.uint64).astype(kind)

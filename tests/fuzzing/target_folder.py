@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import folders
+import refusals
 from choices import Choices
 
 from paramdelta.checkpoint import INDEX, describe, open_checkpoint
@@ -50,22 +51,16 @@ def run(data: bytes) -> None:
             try:
                 recorded_request(folder, folder, folder, folder)
             except InputError as error:
-                _check(error)
+                refusals.check(error)
 
 
 def _look(folder: Path) -> None:
     try:
         described = describe(open_checkpoint(folder))
     except CheckpointError as error:
-        _check(error)
+        refusals.check(error)
         return
     json.loads(json.dumps(described), parse_constant=_refuse)
-
-
-def _check(error: InputError) -> None:
-    assert error.complaints
-    text = "\n".join(f"{c.subject} {c.problem}" for c in error.complaints)
-    assert text.replace("\n", "").isprintable(), "a complaint that a terminal would obey"
 
 
 def _refuse(text: str) -> NoReturn:

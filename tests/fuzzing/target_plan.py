@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import folders
+import refusals
 from choices import Choices
 
 from paramdelta import engine, verification
@@ -51,8 +52,7 @@ def run(data: bytes) -> None:
             request = _request(choices, paths, Path(root) / "out")
             plan = prepare(request)
         except InputError as error:
-            assert error.complaints
-            assert str(error).replace("\n", "").isprintable(), "a complaint that a terminal would obey"
+            refusals.check(error)
             return
         memory = choices.pick((None, 1 << 20, 1 << 17))
         run_merge(plan, options=engine.EngineOptions(threads=choices.pick((1, 2)), memory=memory))
