@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from paramdelta.errors import CheckpointError, Complaint, shown
 
 MAX_HEADER_READ = 100_000_000  # the reference library's cap
 MAX_VALUES = 4_000_000  # half a million tensors; bounds the memory that 100 MB of hostile JSON can take
-MAX_DIMENSIONS = 32  # NumPy before 2.0 has no more
+MAX_DIMENSIONS = 64  # NumPy and PyTorch have no more
 MAX_HEADER_WRITTEN = 25_000_000  # the Hub's cap
 DATA_ALIGNMENT = 4096  # direct I/O wants the data to start at a page
 _MOST_SHOWN = 20
@@ -290,7 +290,7 @@ def _add_row(rows: _Rows, name: str, value: Any) -> str | None:
         return f"has no {' and no '.join(missing)}"
     dtype = BY_SAFETENSORS.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
     if dtype is None:
-        return f"has the unknown dtype {shown(fields['dtype'])}"
+        return f"has the unknown dtype {_told(fields['dtype'], str)}"
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not isinstance(shape, list) or isinstance(shape, _Object):
         return "has a shape that is no list"
@@ -324,7 +324,15 @@ def _add_row(rows: _Rows, name: str, value: Any) -> str | None:
 
 def _first_bad(values: list[Any]) -> str:
     value = next(v for v in values if type(v) is not int)
-    return value.text if isinstance(value, _NotNatural) else shown(json.dumps(value, default=str))
+    return value.text if isinstance(value, _NotNatural) else _told(value, lambda v: json.dumps(v, default=str))
+
+
+def _told(value: Any, spell: Callable[[Any], str]) -> str:
+    """Return a value fit for a terminal; lists and objects may be nested deeper than Python can spell them."""
+    try:
+        return shown(spell(value))
+    except RecursionError:
+        return "a value nested too deeply"
 
 
 def _check_layout(rows: _Rows, data_size: int, complaints: list[tuple[str | None, str]]) -> None:

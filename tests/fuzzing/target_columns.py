@@ -15,7 +15,7 @@ from paramdelta.dtypes import BF16, BY_SAFETENSORS, F32, MERGE_DTYPES
 from paramdelta.formats import CODECS
 from paramdelta.plan.work import RECIPE, REGION, REGION_TERM, SPAN, TERM, VIEW
 
-_COLUMNS = {
+COLUMNS = {
     "spans": SPAN,
     "terms": TERM,
     "regions": REGION,
@@ -48,7 +48,7 @@ def run(data: bytes) -> None:
     """Make columns, hand them to the engine and run it."""
     global accepted
     choices = Choices(data)
-    columns = {name: np.zeros(0, dtype) for name, dtype in _COLUMNS.items()}
+    columns = {name: np.zeros(0, dtype) for name, dtype in COLUMNS.items()}
     kind = choices.number(0, 2)
     if kind != 1:
         columns["spans"], columns["terms"] = _spans(choices)

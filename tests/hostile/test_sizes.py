@@ -109,7 +109,7 @@ SHAPES = {
     "beyond 63 bits": ([2**62], 2**63),
     "beyond 64 bits": ([2**64], 4),
     "near 2^63": ([2**62 - 1], 2**63 - 2),
-    "dimensions": ([1] * 33, 2),
+    "dimensions": ([1] * 65, 2),
     "a million dimensions": ([1] * 1_000_000, 2),
 }
 
