@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 VENV := .venv
+FUZZ_SECONDS ?= 600
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.?pp' 2>/dev/null)
 CPP := $(shell find csrc benchmarks -name '*.?pp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench wheel sdist clean
+.PHONY: help demo test lint format bench fuzz sanitize wheel sdist clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +42,19 @@ format: $(VENV)/.tools  ## Put every file into the project's format
 
 bench: $(VENV)/.tools  ## Measure kernels and whole merges (README of benchmarks/ for the options)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+fuzz: build/fuzz/venv/.ready  ## Fuzz header, folder, plan and engine for FUZZ_SECONDS=600; FUZZ_TARGETS picks some
+	build/fuzz/venv/bin/python tests/fuzzing/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+# An environment of its own: atheris has wheels for some releases of Python only, and nothing else needs it.
+build/fuzz/venv/.ready: $(SOURCES) requirements-fuzz.txt constraints.txt
+	test -x build/fuzz/venv/bin/python || $(PYTHON) -m venv build/fuzz/venv
+	build/fuzz/venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+		-r requirements-fuzz.txt --editable .
+	touch $@
+
+sanitize: $(VENV)/.tools  ## Run the tests that reach C++ under ASan and UBSan, then TSan; SANITIZERS=address picks one
+	$(BIN)/python tests/sanitizing/run.py $(SANITIZERS)
 
 sdist: $(VENV)/.tools  ## Build the source distribution into dist/
 	$(BIN)/python -m build --sdist --outdir dist .

@@ -15,9 +15,18 @@ EXIT_BAD_INPUT = 2
 EXIT_NOT_PUBLISHED = 3
 
 
+def escaped(text: str, *, keep: str = "") -> str:
+    """Return ``text`` with control characters, marks that turn its direction and lone surrogates escaped, except those
+    in ``keep``: a terminal shows it and obeys nothing in it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def shown(name: object) -> str:
-    """Return ``name`` fit for a terminal: control characters and lone surrogates escaped, long names cut."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(name))
+    """Return ``name`` fit for a terminal: escaped as :func:`escaped` does, long names cut."""
+    text = str(name)
+    text = escaped(text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}")
     return text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}"
 
 

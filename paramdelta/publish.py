@@ -229,10 +229,12 @@ def write_files(folder: Path, files: Iterable[tuple[str, bytes | Path]]) -> None
     """Write or copy small files into ``folder``, over what an earlier run wrote."""
     for name, content in files:
         path = folder / name
-        with storage_errors(path, "cannot be written"):
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            with open(path, "wb") as file:
-                file.write(data)
+        with storage_errors(path, "cannot be written"), open(path, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                with open(content, "rb") as source:  # in pieces: whoever made it chose its size
+                    shutil.copyfileobj(source, file, 1 << 20)
 
 
 def _sync(path: Path) -> None:

@@ -4,10 +4,10 @@ tensor) are shared with the merge, and those come from the request that the fold
 
 from __future__ import annotations
 
-import json
+import filecmp
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from paramdelta import JSON_VERSION, reference
 from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
+from paramdelta.checkpoint.documents import read_json
 from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, InputError, shown
 from paramdelta.merging import prepare
@@ -57,7 +58,7 @@ def verify(
     Raises InputError where ``out`` is no merged folder or the sources cannot be merged.
     """
     out = Path(out)
-    plan = prepare(_recorded_request(out, post, base, new_base))
+    plan = prepare(recorded_request(out, post, base, new_base))
     try:
         made = open_checkpoint(out, role="out")
     except CheckpointError as error:
@@ -84,17 +85,23 @@ def verify(
     )
 
 
-def _recorded_request(out: Path, post: str | Path, base: str | Path, new_base: str | Path) -> MergeRequest:
-    path = out / RECORD
+def recorded_request(out: Path, post: str | Path, base: str | Path, new_base: str | Path) -> MergeRequest:
+    """Return the request that a merged folder records, for these sources. Raises InputError."""
+    path, complaints = out / RECORD, list[Complaint]()
+    document = read_json(out, RECORD, complaints)
+    if complaints:
+        raise InputError(replace(complaints[0], remedy="verify takes folders merge wrote"))
     try:
-        recorded = json.loads(path.read_text())["request"]
+        recorded = dict(document["request"])
         recorded = {k: [tuple(r) for r in v] if k.startswith("rename_") else v for k, v in recorded.items()}
         return make_request(post=post, base=base, new_base=new_base, **recorded)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            Complaint(str(path), f"does not say how the folder was made: {error}", "verify takes folders merge wrote")
+            Complaint(
+                str(path), f"does not say how the folder was made: {shown(error)}", "verify takes folders merge wrote"
+            )
         ) from error
 
 
@@ -104,14 +111,20 @@ def _file_problems(plan: Plan, out: Path) -> Iterator[str]:
     for name, content in plan.written_files():
         expected.add(name)
         path = out / name
-        data = content if isinstance(content, bytes) else content.read_bytes()
         if not path.is_file():
             yield f"{shown(name)}: missing"
-        elif path.read_bytes() != data:
+        elif not _holds(path, content):
             yield f"{shown(name)}: is not what the sources give"
     for path in sorted(out.iterdir()):
         if path.name not in expected:
             yield f"{shown(path.name)}: was not written by the merge"
+
+
+def _holds(path: Path, content: bytes | Path) -> bool:
+    """Whether a file holds these bytes, or those of another file; whoever made it chose its size."""
+    if isinstance(content, Path):
+        return filecmp.cmp(path, content, shallow=False)
+    return path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:

@@ -9,8 +9,14 @@
 #include <new>
 #include <stdexcept>
 
+#include "io/guard.hpp"
+
 namespace paramdelta::io {
 namespace {
+
+// With these, no sum or product of sizes within a slot can overflow.
+constexpr int kMostThreads = 1 << 16;
+constexpr std::size_t kLargestSlot = std::size_t{1} << 40;
 
 std::byte* map_slab(std::size_t bytes) {
   void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -20,7 +26,10 @@ std::byte* map_slab(std::size_t bytes) {
 
 }  // namespace
 
-void Engine::Unmapper::operator()(std::byte* memory) const { ::munmap(memory, bytes); }
+void Engine::Unmapper::operator()(std::byte* memory) const {
+  allow(memory, bytes);
+  ::munmap(memory, bytes);
+}
 
 Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs,
                const std::vector<std::int64_t>& output_sizes, Options options)
@@ -30,6 +39,8 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
       options_(options),
       slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}) {
   if (options_.threads < 1) throw std::invalid_argument("at least one thread is needed");
+  if (options_.threads > kMostThreads || options_.slot_bytes > kLargestSlot)
+    throw std::invalid_argument("more threads, or larger slots, than any machine has");
   std::vector<std::int64_t> input_sizes;
   for (const Input& input : inputs_) {
     input_sizes.push_back(input.size());
@@ -132,6 +143,7 @@ const Results& Engine::finish() {
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
   if (error_) std::rethrow_exception(error_);
+  for (Target& output : outputs_) output.file.close();
   return results_;
 }
 

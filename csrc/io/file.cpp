@@ -60,7 +60,10 @@ File::File(const std::string& path, int flags, Access access) : passing_(access 
 }
 
 File File::open_for_reading(const std::string& path, Access access) {
-  File file(path, O_RDONLY, access);
+  File file(path, O_RDONLY | O_NONBLOCK, access);  // a pipe must not wait for its writer
+  struct stat status{};
+  if (::fstat(file.fd_, &status) != 0) fail(path, "fstat", -1, errno);
+  if (!S_ISREG(status.st_mode)) throw StorageError(path + ": is no longer a regular file", EINVAL);
   file.forgets_ = access != Access::cached && 2 * cached_bytes(path) < file.size();
   // A wider read-ahead window, where it is of use; advice only, so a refusal changes nothing.
   if (file.direct_ < 0) (void)::posix_fadvise(file.fd_, 0, 0, POSIX_FADV_SEQUENTIAL);
@@ -86,12 +89,18 @@ File& File::operator=(File&& other) noexcept {
   return *this;
 }
 
-File::~File() {
-  if (fd_ >= 0) {
-    if (forgets_) forget(0, 0);  // all of it
-    ::close(fd_);
-  }
-  if (direct_ >= 0) ::close(direct_);
+int File::close_all() noexcept {
+  if (fd_ >= 0 && forgets_) forget(0, 0);  // all of it
+  int code = 0;
+  for (int* fd : {&direct_, &fd_})
+    if (*fd >= 0 && ::close(std::exchange(*fd, -1)) != 0 && errno != EINTR) code = errno;
+  return code;
+}
+
+File::~File() { (void)close_all(); }
+
+void File::close() {
+  if (const int code = close_all()) fail(path_, "closing", -1, code);
 }
 
 std::int64_t File::size() const {

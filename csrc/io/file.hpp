@@ -28,6 +28,9 @@ class File {
   File& operator=(const File&) = delete;
   ~File();
 
+  // What a network file system could not write may be told only here; throws StorageError.
+  void close();
+
   std::int64_t size() const;
   // What offsets, sizes and addresses of direct transfers must be multiples of; 1 where there are none.
   std::size_t alignment() const { return alignment_; }
@@ -43,6 +46,7 @@ class File {
   File(const std::string& path, int flags, Access access);
   void write_through_cache(const char* from, std::size_t bytes, std::int64_t offset) const;
   void forget(std::int64_t offset, std::size_t bytes) const;
+  int close_all() noexcept;  // the error, or 0
 
   int fd_ = -1;
   int direct_ = -1;  // the same file with O_DIRECT

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "io/guard.hpp"
+
 namespace paramdelta::io {
 
 // Items of a plane in a file: (r, c) at offset + r · row_stride + c · col_stride.
@@ -195,6 +197,7 @@ std::byte* Rectangle::take(std::size_t bytes) {
   const auto at = reinterpret_cast<std::uintptr_t>(free_) + kStagger;
   std::byte* to = free_ + kStagger - at % kLine;
   end_at(to + bytes);
+  allow(to, bytes);
   return to;
 }
 
@@ -208,9 +211,10 @@ void Rectangle::end_at(std::byte* end) {
 std::byte* Rectangle::take_placed(std::size_t bytes, std::size_t alignment, std::int64_t offset) {
   if (alignment == 1) return take(bytes);
   const std::size_t into = static_cast<std::size_t>(offset) % alignment;
-  std::byte* to = placed(free_, alignment, 0) + into;
-  end_at(placed(to + bytes, alignment, 0));
-  return to;
+  std::byte* page = placed(free_, alignment, 0);
+  end_at(placed(page + into + bytes, alignment, 0));
+  allow(page, static_cast<std::size_t>(free_ - page));
+  return page + into;
 }
 
 Rectangle::Plane Rectangle::load_lines(const std::vector<Input>& inputs, const Strided& from, std::int64_t lines,
@@ -318,6 +322,7 @@ void Rectangle::prepare_output(const std::vector<Input>& inputs) {
 std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs) {
   piece_ = piece;
   free_ = memory_;
+  forbid(memory_, bytes_);
   read_ = 0;
   const Region& at = region();
   job_ = {};

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "io/guard.hpp"
+
 namespace paramdelta::io {
 namespace {
 
@@ -50,10 +52,12 @@ std::byte* Slot::place(const Location& at, std::size_t bytes, std::size_t alignm
   const bool neighbour = !reads_.empty() && reads_.back().file == at.file &&
                          reads_.back().offset + static_cast<std::int64_t>(reads_.back().bytes) == at.offset &&
                          reads_.back().to + reads_.back().bytes == free_;
-  std::byte* to = free_;
-  if (!neighbour)
-    to = alignment > 1 ? placed(free_, alignment, 0) + static_cast<std::size_t>(at.offset) % alignment
-                       : placed(free_, kReadAlignment, 0);
+  std::byte* const page = placed(free_, alignment > 1 ? alignment : kReadAlignment, 0);
+  const std::size_t into = static_cast<std::size_t>(at.offset) % alignment;  // 0 where alignment is 1
+  std::byte* const to = neighbour ? free_ : page + into;
+  std::byte* const first = neighbour ? free_ : page;
+  std::byte* const end = placed(to + bytes, alignment, 0);
+  if (end <= memory_ + bytes_) allow(first, static_cast<std::size_t>(end - first));
   read_into(to, at, bytes);
   free_ = to + bytes;
   return to;
@@ -92,8 +96,10 @@ void Slot::lay_out(const std::vector<Input>& inputs, std::vector<Target>& output
     out_bytes_ += part_bytes(i);
   }
   Target& target = outputs[static_cast<std::size_t>(work_.spans[parts_.front().span].out_file)];
+  forbid(memory_, bytes_);
   out_ = target.memory ? target.memory + out_offset() : placed(memory_, target.alignment(), out_offset());
   free_ = target.memory ? memory_ : out_ + out_bytes_;
+  if (!target.memory && free_ <= memory_ + bytes_) allow(out_, out_bytes_);
   std::byte* out = out_;
   for (std::size_t i = 0; i < parts_.size(); ++i) {
     outs_.push_back(out);

@@ -42,6 +42,7 @@ class Checker {
     index_ = index;
     const Region& region = work_.regions[index];
     require(in_range(region.rows, kMost) && in_range(region.cols, kMost), "rows or cols out of range");
+    require(region.cols == 0 || region.rows <= kMost / region.cols, "more elements than any tensor has");
     require(in_range(region.tensor, static_cast<std::int64_t>(work_.tensors) - 1), "tensor number out of range");
     if (region.recipe >= 0)
       check_recipe(region);
@@ -55,6 +56,8 @@ class Checker {
     if (region.measure) require(in_range(region.unit, static_cast<std::int64_t>(work_.units) - 1), "unit out of range");
     check_output(region);
     check_view(region, region.new_view);
+    require(!keeps(region) || same_grid(region, work_.views[static_cast<std::size_t>(region.new_view)]),
+            "keeps scales of another grid");
     require(region.first_term >= 0 && region.n_terms >= 0 &&
                 static_cast<std::size_t>(region.first_term) + static_cast<std::size_t>(region.n_terms) <=
                     work_.region_terms.size(),
@@ -75,6 +78,21 @@ class Checker {
   std::int64_t size_of_input(std::int32_t file) const {
     require(in_range(file, static_cast<std::int64_t>(inputs_.size()) - 1), "input file number out of range");
     return inputs_[static_cast<std::size_t>(file)];
+  }
+
+  // Whether units may keep the scales of new_base, which are then found by the number of the unit.
+  bool keeps(const Region& region) const {
+    const View& view = work_.views[static_cast<std::size_t>(region.new_view)];
+    return region.recipe >= 0 && region.keep && view.file != kZeros && view.scale_file != kAbsent;
+  }
+
+  static bool same_grid(const Region& region, const View& view) {
+    const auto extent = [](std::uint32_t block, std::int64_t whole) {
+      return block == 0 || block > whole ? whole : std::int64_t{block};
+    };
+    return extent(view.grid_rows, region.rows) == extent(region.grid_rows, region.rows) &&
+           extent(view.grid_cols, region.cols) == extent(region.grid_cols, region.cols) &&
+           (view.grid_rows == 0 || view.row_phase == 0) && (view.grid_cols == 0 || view.col_phase == 0);
   }
 
   void check_recipe(const Region& region) const {
@@ -114,8 +132,8 @@ class Checker {
   void check_view(const Region& region, std::int32_t number) const {
     require(in_range(number, static_cast<std::int64_t>(work_.views.size()) - 1), "view out of range");
     const View& view = work_.views[static_cast<std::size_t>(number)];
-    if (view.file == kZeros) return;
     require(view.codec < kCodecCount, "unknown codec");
+    if (view.file == kZeros) return;
     const int bits = bits_of(static_cast<Codec>(view.codec));
     const std::int64_t item = bits == 4 ? 1 : bits / 8;
     const bool turned = view.col_stride != item;

@@ -40,6 +40,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     beside = quantisation.parts.union(quantisation.statistics).difference(logical)
     formats: dict[str, dict[str, int]] = {}
     parameters = 0
+    model_type = checkpoint.config.get("model_type")
     architectures = checkpoint.config.get("architectures")
     dtypes: dict[str, dict[str, int]] = {}
     for row, shape in enumerate(table.shapes):
@@ -61,7 +62,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "kind": "checkpoint",
         "name": checkpoint.label,
         "architecture": ", ".join(map(str, architectures if isinstance(architectures, list) else [])) or None,
-        "model_type": checkpoint.config.get("model_type"),
+        "model_type": model_type if isinstance(model_type, str) else None,
         "parameters": parameters,
         "tensors": len(table),
         "bytes": int(table.nbytes.sum()),

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from paramdelta.checkpoint.folder import Checkpoint, read_json
+from paramdelta.checkpoint.documents import read_json
+from paramdelta.checkpoint.folder import Checkpoint
 from paramdelta.checkpoint.grids import ROW, Grid
 from paramdelta.checkpoint.quantised import hopeless, refusal
 from paramdelta.errors import Complaint, shown

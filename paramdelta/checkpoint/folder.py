@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from paramdelta.checkpoint.documents import read_json
 from paramdelta.checkpoint.header import Header, read_header
 from paramdelta.checkpoint.signature import Signature
 from paramdelta.checkpoint.table import TensorTable
@@ -19,7 +19,6 @@ from paramdelta.errors import CheckpointError, Complaint, remedy_of, shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_MAX_JSON = 256 << 20
 _MOST_SHOWN = 20
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|pth|pt|ckpt|gguf|h5|msgpack|onnx)$|consolidated\..*")
 _PART = re.compile(r".*-\d+-of-(\d+)\.safetensors")
@@ -289,44 +288,6 @@ def _is_side_file(folder: Path, name: str) -> bool:
     if name.startswith(".") or name == INDEX or name.endswith((".safetensors", ".index.json")):
         return False
     return not _OTHER_WEIGHTS.fullmatch(name) and (folder / name).is_file()
-
-
-def read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str, Any]:
-    """Read a JSON object; what is wrong with it becomes a complaint and an empty object."""
-    path = folder / name
-    try:
-        if not path.is_file():
-            raise ValueError("is not a regular file")
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"is larger than {_MAX_JSON >> 20} MiB")
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(value, dict):
-            raise ValueError("is not a JSON object")
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        complaints.append(Complaint(str(path), "holds a lone surrogate, which no Unicode text has"))
-    except UnicodeDecodeError as error:
-        complaints.append(Complaint(str(path), f"is not UTF-8 (byte {error.start})"))
-    except json.JSONDecodeError as error:
-        complaints.append(Complaint(str(path), f"is not JSON: {error.msg} (line {error.lineno})"))
-    except RecursionError:
-        complaints.append(Complaint(str(path), "is nested too deeply"))
-    except ValueError as error:
-        complaints.append(Complaint(str(path), str(error)))
-    except OSError as error:
-        complaints.append(Complaint(str(path), f"cannot be read: {error.strerror}", remedy_of(error)))
-    else:
-        return value
-    return {}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"holds the key {shown(twice)} twice")
-    return value
 
 
 def _fail(subject: str, problem: str, remedy: str = "") -> NoReturn:

@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from paramdelta.errors import CheckpointError, Complaint, remedy_of, shown
 
 MAX_HEADER_READ = 100_000_000  # the reference library's cap
 MAX_VALUES = 4_000_000  # half a million tensors; bounds the memory that 100 MB of hostile JSON can take
+MAX_DIMENSIONS = 64  # NumPy and PyTorch have no more
 MAX_HEADER_WRITTEN = 25_000_000  # the Hub's cap
 DATA_ALIGNMENT = 4096  # direct I/O wants the data to start at a page
 _MOST_SHOWN = 20
@@ -150,7 +151,7 @@ def format_header(
         _fail(subject, "a tensor cannot be called __metadata__", "--exclude or --rename it")
     if len(set(names)) != len(names):
         _fail(subject, "two tensors would have the same name")
-    if not all(map(_is_unicode, (*names, *metadata, *metadata.values()))):
+    if not all(map(is_unicode, (*names, *metadata, *metadata.values()))):
         _fail(subject, "a name or a metadata value holds a lone surrogate, which no Unicode text has")
     sizes = np.array([math.prod(shape) * d.bits // 8 for shape, d in zip(shapes, dtypes, strict=True)], np.int64)
     ends = np.cumsum(sizes, dtype=np.int64)
@@ -237,11 +238,12 @@ def _refuse_lone_surrogates(parsed: _Object) -> None:
         value = waiting.pop()
         if isinstance(value, list | tuple):
             waiting += value
-        elif isinstance(value, str) and not _is_unicode(value):
+        elif isinstance(value, str) and not is_unicode(value):
             raise _Refused("holds a lone surrogate, which no Unicode text has")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a string has no lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -291,7 +293,7 @@ def _add_row(rows: _Rows, name: str, value: Any) -> str | None:
         return f"has no {' and no '.join(missing)}"
     dtype = BY_SAFETENSORS.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
     if dtype is None:
-        return f"has the unknown dtype {shown(fields['dtype'])}"
+        return f"has the unknown dtype {_told(fields['dtype'], str)}"
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not isinstance(shape, list) or isinstance(shape, _Object):
         return "has a shape that is no list"
@@ -304,6 +306,8 @@ def _add_row(rows: _Rows, name: str, value: Any) -> str | None:
     begin, end = offsets
     if end < begin:
         return f"has data_offsets that run backwards: {begin} to {end}"
+    if len(shape) > MAX_DIMENSIONS:
+        return f"has a shape of {len(shape):,} dimensions; the most allowed is {MAX_DIMENSIONS}"
     bits = dtype.bits
     for size in shape:
         bits *= size
@@ -323,7 +327,15 @@ def _add_row(rows: _Rows, name: str, value: Any) -> str | None:
 
 def _first_bad(values: list[Any]) -> str:
     value = next(v for v in values if type(v) is not int)
-    return value.text if isinstance(value, _NotNatural) else shown(json.dumps(value, default=str))
+    return value.text if isinstance(value, _NotNatural) else _told(value, lambda v: json.dumps(v, default=str))
+
+
+def _told(value: Any, spell: Callable[[Any], str]) -> str:
+    """Return a value fit for a terminal; lists and objects may be nested deeper than Python can spell them."""
+    try:
+        return shown(spell(value))
+    except RecursionError:
+        return "a value nested too deeply"
 
 
 def _check_layout(rows: _Rows, data_size: int, complaints: list[tuple[str | None, str]]) -> None:

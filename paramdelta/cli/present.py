@@ -18,7 +18,7 @@ from paramdelta.cli.render import (
     print_warnings,
     say,
 )
-from paramdelta.errors import Complaint, InputError, OperandError
+from paramdelta.errors import Complaint, InputError, OperandError, escaped
 
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
@@ -150,7 +150,7 @@ def plan(plan: Plan) -> None:
     )
     files = ", ".join(f"{f.name} ({f.origin})" for f in plan.side_files)
     if files:
-        print_rich(f"side files: {files}")
+        print_rich(escaped(f"side files: {files}"))
 
 
 def speeds(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from paramdelta.errors import InputError, ParamDeltaError, shown
+from paramdelta.errors import InputError, ParamDeltaError, escaped, shown
 
 _LINE_SECONDS = 10.0  # between progress lines where the output is no terminal
 
@@ -39,7 +39,12 @@ def count(number: int, noun: str) -> str:
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print one line; a reader that has gone away (a closed pipe) is no error of the merge. Nor is anything that
+    """Print text, escaped but for its ends of lines."""
+    _put(escaped(text, keep="\n"), err=err)
+
+
+def _put(text: str, *, err: bool = False) -> None:
+    """Print text as it is; a reader that has gone away (a closed pipe) is no error of the merge. Nor is anything that
     befalls standard error: a terminal that hung up, a full disk."""
     stream = sys.stderr if err else sys.stdout
     with contextlib.suppress(OSError if err else BrokenPipeError):
@@ -128,7 +133,7 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, escaped(value))
     print_rich(table)
 
 
@@ -152,7 +157,7 @@ def print_rich(renderable: Any) -> None:
     if sys.stdout is None:
         return
     width = None if sys.stdout.isatty() else 100
-    console = Console(width=width, highlight=False, markup=False)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:  # left to itself, rich ends the program where the reader has gone away
         console.print(renderable)
-    say(captured.get().removesuffix("\n"))
+    _put(captured.get().removesuffix("\n"))

@@ -78,6 +78,8 @@ class _Chooser:
             formats = [None] * len(self.pairing.names)
         else:
             formats, like = self.named(wanted)
+        # fp8 codes that are values have no scale to write: what is stored so is a plain type.
+        formats = [f if f is not None and (f.spelling.scale or f.spelling.stacked_scale) else None for f in formats]
         written = {id(f): _written(f) for f in formats if f is not None}  # formats are shared: hashing each is slow
         formats = [None if f is None else written[id(f)] for f in formats]
         dtypes = [self.dtype(i, format_) for i, format_ in enumerate(formats)]

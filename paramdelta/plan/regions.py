@@ -258,7 +258,7 @@ class RegionMaker:
             self.keep
             and weight is not None
             and self.pairing.kinds[i] != Kind.EXTENDED
-            and _same_layout(weight.format, format_)
+            and _same_layout(weight.format, format_, matrix_shape(self.pairing.shapes[i])[1:])
         )
 
     def donor(self, i: int) -> tuple[str, int]:
@@ -318,8 +318,11 @@ class RegionMaker:
             self.made.copies.append(Copy(here, file, offset + e * count, count, unit, True))
 
 
-def _same_layout(stored: Format, wanted: Format) -> bool:
+def _same_layout(stored: Format, wanted: Format, shape: tuple[int, int]) -> bool:
+    """Whether matrices of this shape are stored alike; a block that reaches beyond them is one that they fill."""
+
     def layout(format_: Format) -> tuple[Any, ...]:
-        return (format_.codec, format_.rows, format_.cols, format_.scale, format_.second, format_.zero_points)
+        grid = [min(block or n, n) for block, n in zip((format_.rows, format_.cols), shape, strict=True)]
+        return (format_.codec, *grid, format_.scale, format_.second, format_.zero_points)
 
     return layout(stored) == layout(wanted)

@@ -24,8 +24,8 @@ FORMATS = ("like-post", *PLAIN_FORMATS, "fp8-block", "fp8-channel", "fp8-tensor"
 SCALE_POLICIES = ("keep", "recompute")
 SCALE_TYPES = ("f32", "bf16", "ue8m0", "e8m0")
 ACTIVATION_SCALES = ("post", "new-base", "drop")
-_BLOCK = re.compile(r"\s*(\d+)\s*(?:[x×,]\s*(\d+)\s*)?", re.ASCII)
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?[bB]?\s*", re.ASCII)
+_BLOCK = re.compile(r"\s*(\d{1,18})\s*(?:[x×,]\s*(\d{1,18})\s*)?", re.ASCII)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kKMGT])(i?))?[bB]?\s*", re.ASCII)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -221,7 +221,7 @@ def _alpha_rules(alpha: Any, wrong: list[Complaint]) -> list[AlphaRule]:
 def _alpha_rule(glob: str, value: Any, wrong: list[Complaint]) -> list[AlphaRule]:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wrong.append(Complaint("--alpha", f"expected a number or GLOB=number, got {shown(repr(value))}"))
         return []
     if not math.isfinite(number):
@@ -308,7 +308,7 @@ def _fraction(option: str, value: Any, wrong: list[Complaint]) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not number >= 0.0:
         wrong.append(Complaint(option, f"expected a number such as 0.05, got {shown(repr(value))}"))
@@ -345,4 +345,8 @@ def _collected(make: Callable[[], int | None], wrong: list[Complaint]) -> int | 
 
 
 def _strings(values: str | Sequence[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(values)
+    strings = (values,) if isinstance(values, str) else tuple(values)
+    for value in strings:
+        if not isinstance(value, str):
+            raise PlanError(Complaint("request", f"expected a string, got {shown(repr(value))}"))
+    return strings

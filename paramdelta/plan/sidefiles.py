@@ -3,6 +3,7 @@ model card, and a record of what was done. No times, hosts or absolute paths: eq
 
 from __future__ import annotations
 
+import filecmp
 import fnmatch
 import json
 from collections.abc import Sequence
@@ -145,4 +146,4 @@ def _same_text(a: Checkpoint, b: Checkpoint, name: str) -> bool:
     if name not in b.side_files:
         return False
     with storage_errors(a.path / name, f"cannot be compared with {b.path / name}"):
-        return (a.path / name).read_bytes() == (b.path / name).read_bytes()
+        return filecmp.cmp(a.path / name, b.path / name, shallow=False)
