@@ -59,7 +59,7 @@ def test_too_little_memory_for_the_stacks_of_threads(workshop: Workshop) -> None
 
 def test_too_little_memory_for_the_inputs(workshop: Workshop) -> None:
     config = workshop.root / "post" / "config.json"
-    config.write_text('{"x": "' + "x" * (120 << 20) + '"}')
+    config.write_text('{"x": "' + "x" * (90 << 20) + '"}')
     saying = ["error: this process may have no more memory", "--memory"]
     options = {"preexec_fn": limit(resource.RLIMIT_AS, 400 << 20), "env": no_threads(workshop)}
     workshop.must_fail(saying=saying, **options)
