@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import paramdelta
+from paramdelta.checksums import combined
 from paramdelta.engine import TensorCounts, TensorLoss
 from paramdelta.errors import Complaint, InputError, StorageError, shown
 
@@ -24,20 +25,21 @@ if TYPE_CHECKING:
     from paramdelta.engine import RunResult
     from paramdelta.plan import Plan
 
-VERSION = 1
+VERSION = 2
 _MIB = 1 << 20
 _MOST_SHOWN = 10
 
 
 @dataclass
 class Finished:
-    """What a journal says is done: segments by number, what they counted and lost, and the measured units, if they
-    are."""
+    """What a journal says is done: segments by number, what they counted and lost, what they contribute to the
+    checksums of tensors, and the measured units, if they are."""
 
     segments: set[int] = field(default_factory=set)
     counts: list[TensorCounts] = field(default_factory=list)
     losses: list[TensorLoss] = field(default_factory=list)
     measured: list[tuple[float, bool]] | None = None
+    checksums: dict[int, int] | None = field(default_factory=dict)  # None: a segment was written without
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -112,6 +114,8 @@ class Journal:
                 self.finished.segments.add(line["segment"])
                 self.finished.counts += [TensorCounts(**c) for c in line["counts"]]
                 self.finished.losses += [TensorLoss(**c) for c in line["losses"]]
+                found = line["checksums"]
+                self.finished.checksums = combined([self.finished.checksums, None if found is None else dict(found)])
 
     def add_measured(self, measured: tuple[tuple[float, bool], ...]) -> None:
         """Note what the measuring pass found."""
@@ -120,7 +124,8 @@ class Journal:
     def add_segment(self, number: int, result: RunResult) -> None:
         """Note that a segment is on disk; its files must be synced already."""
         counts, losses = ([asdict(row) for row in rows] for rows in (result.counts, result.losses))
-        self._append({"segment": number, "counts": counts, "losses": losses})
+        checksums = None if result.checksums is None else sorted(result.checksums.items())
+        self._append({"segment": number, "counts": counts, "losses": losses, "checksums": checksums})
 
     def forget(self) -> None:
         """Begin anew: what the journal speaks of is gone."""

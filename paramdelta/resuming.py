@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paramdelta import engine
+from paramdelta import checksums, engine
 from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, TensorLoss
 from paramdelta.errors import StorageError
 from paramdelta.journal import Journal, identity
@@ -95,7 +95,7 @@ class _Noting:
         on_progress: Callable[[int, int], None] | None,
     ) -> RunResult:
         done = self.journal.finished
-        results = [replace(NOTHING, counts=tuple(done.counts), losses=tuple(done.losses))]
+        results = [replace(NOTHING, counts=tuple(done.counts), losses=tuple(done.losses), checksums=done.checksums)]
         total, noted = before, None
         missing = [number for number in range(len(segments)) if number not in done.segments]
         trial = Trial(engine.paths_for(segments[0].work, self.outputs, options), len(missing))
@@ -120,6 +120,7 @@ class _Noting:
             total,
             counts=tuple(_counts(results)),
             losses=tuple(_losses(results)),
+            checksums=checksums.combined(result.checksums for result in results),
         )
 
     def note(self, number: int, segment: Segment, result: RunResult) -> None:

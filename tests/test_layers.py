@@ -25,7 +25,7 @@ LAYERS = [
     ("merging",),
     ("resuming",),
     ("journal",),
-    ("segments", "publish", "report"),
+    ("segments", "publish", "report", "checksums"),
     ("engine",),
     ("plan",),
     ("checkpoint",),

@@ -1,6 +1,6 @@
 // Three ways to the same remainder: tables of 16 bytes at a time, carry-less products of 128-bit lanes (PCLMULQDQ), and
-// of four such lanes in a register (VPCLMULQDQ). The latter two fold the message onto its last 16 bytes; the table takes
-// it from there. All constants are computed here, from P.
+// of four such lanes in a register (VPCLMULQDQ). The latter two fold the message onto its last 16 bytes; the table
+// takes it from there. All constants are computed here, from P.
 #include "cpu/crc32.hpp"
 
 #include <array>
@@ -51,8 +51,7 @@ constexpr ByteTables make_byte_tables() {
     tables[0][b] = remainder;
   }
   for (std::size_t k = 1; k < kStride; ++k)
-    for (std::size_t b = 0; b < 256; ++b)
-      tables[k][b] = (tables[k - 1][b] >> 8) ^ tables[0][tables[k - 1][b] & 255u];
+    for (std::size_t b = 0; b < 256; ++b) tables[k][b] = (tables[k - 1][b] >> 8) ^ tables[0][tables[k - 1][b] & 255u];
   return tables;
 }
 constexpr ByteTables kBytes = make_byte_tables();
@@ -77,11 +76,13 @@ const PowerTables& power_tables() {
 
 std::uint32_t continued_by_table(std::uint32_t remainder, const std::byte* data, std::size_t bytes) {
   for (; bytes >= kStride; data += kStride, bytes -= kStride) {
-    unsigned char at[kStride];
-    std::memcpy(at, data, kStride);
-    for (std::size_t i = 0; i < 4; ++i) at[i] ^= static_cast<unsigned char>(remainder >> (8 * i));
+    std::uint64_t low, high;
+    std::memcpy(&low, data, 8);
+    std::memcpy(&high, data + 8, 8);
+    low ^= remainder;
     remainder = 0;
-    for (std::size_t i = 0; i < kStride; ++i) remainder ^= kBytes[kStride - 1 - i][at[i]];
+    for (std::size_t i = 0; i < 8; ++i)
+      remainder ^= kBytes[15 - i][(low >> (8 * i)) & 255u] ^ kBytes[7 - i][(high >> (8 * i)) & 255u];
   }
   for (; bytes; ++data, --bytes)
     remainder = (remainder >> 8) ^ kBytes[0][(remainder ^ std::to_integer<std::uint32_t>(*data)) & 255u];
@@ -160,7 +161,8 @@ PARAMDELTA_INLINE_WIDE __m512i moved_onto(__m512i lanes, __m512i onto) {
   const auto low = static_cast<long long>(kLow), high = static_cast<long long>(kHigh);
   const __m512i factors = _mm512_set_epi64(high, low, high, low, high, low, high, low);
   return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(lanes, factors, 0x00),
-                                   _mm512_clmulepi64_epi128(lanes, factors, 0x11), onto, 0x96);  // exclusive or of three
+                                   _mm512_clmulepi64_epi128(lanes, factors, 0x11), onto,
+                                   0x96);  // exclusive or of three
 }
 
 PARAMDELTA_WIDE std::uint32_t raw_by_wide_lanes(const std::byte* data, std::size_t bytes) {
