@@ -21,7 +21,7 @@ LAYERS = [
     ("cli",),
     ("demo",),
     ("verification", "streaming"),
-    ("recompute",),
+    ("recompute", "integrity"),
     ("merging",),
     ("resuming",),
     ("journal",),
