@@ -9,7 +9,7 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,9 @@ SMALLEST_SLOT = 1 << 17
 # Whole rows of units are read in long runs; beyond this, pieces of them will do.
 LARGEST_SLOT = 1 << 23
 WAKE_SECONDS = 0.1
-COLUMNS = ("spans", "terms", "regions", "region_terms", "views", "recipes")
+COLUMNS = ("spans", "terms", "regions", "region_terms", "views", "recipes", "extents")
+
+Outputs = Sequence["Path | np.ndarray[Any, Any] | int"]  # files, memory, or only sizes: what is written is not kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,8 @@ class TensorLoss:
 class RunResult:
     """What a run did: seconds of wall time, bytes moved, the tensors with non-finite or overflowed results, and what
     quantising lost. ``measured`` is (amax, touched) of each unit, in a pass that measures; ``paths`` how files were
-    reached."""
+    reached. ``checksums`` are contributions to the checksums of tensors (:mod:`paramdelta.checksums`), None where they
+    were not asked for."""
 
     seconds: float
     bytes_read: int
@@ -111,6 +114,7 @@ class RunResult:
     losses: tuple[TensorLoss, ...] = ()
     measured: tuple[tuple[float, bool], ...] = ()
     paths: Paths | None = None
+    checksums: Mapping[int, int] | None = None
 
 
 NOTHING = RunResult(seconds=0.0, bytes_read=0, bytes_written=0, threads=0, slot_bytes=0, isa="", counts=())
@@ -135,13 +139,14 @@ def create_outputs(work: Work, folder: Path) -> list[Path]:
 
 def run(
     work: Work,
-    outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]],
+    outputs: Outputs,
     *,
     tensors: int,
     options: EngineOptions | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
-    """Carry out ``work`` into existing files, or into writable byte arrays of the outputs' sizes.
+    """Carry out ``work`` into existing files, into writable byte arrays of the outputs' sizes, or, where an output is
+    only its size, into nothing.
 
     ``tensors`` is the number of output tensors the spans refer to. ``on_progress(bytes_read, bytes_written)`` is
     called about ten times a second. KeyboardInterrupt, and whatever ``on_progress`` raises, stops the workers after
@@ -169,7 +174,7 @@ def settle(
 
 def carry_out(
     work: Work,
-    outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]],
+    outputs: Outputs,
     *,
     tensors: int,
     options: EngineOptions | None = None,
@@ -205,8 +210,10 @@ def carry_out(
 class RunningWork:
     """Work that is being carried out by the engine's threads."""
 
-    def __init__(self, engine: Any, threads: int, slot_bytes: int, isa: str, paths: Paths) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: Any, threads: int, slot_bytes: int, isa: str, paths: Paths, *, summing: bool = False
+    ) -> None:
+        self._engine, self._summing = engine, summing
         self._threads, self._slot_bytes, self._isa, self._paths = threads, slot_bytes, isa, paths
         self._started = time.perf_counter()
         try:
@@ -232,7 +239,7 @@ class RunningWork:
 
     def finish(self) -> RunResult:
         """Wait for the workers and return what was done. Raises StorageError."""
-        counts, losses, measured = self._engine.finish()
+        counts, losses, measured, checksums = self._engine.finish()
         read, written = self._engine.progress()
         return RunResult(
             seconds=time.perf_counter() - self._started,
@@ -245,12 +252,13 @@ class RunningWork:
             losses=tuple(TensorLoss(*row) for row in losses),
             measured=tuple(measured),
             paths=self._paths,
+            checksums=dict(checksums) if self._summing else None,
         )
 
 
 def start(
     work: Work,
-    outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]],
+    outputs: Outputs,
     *,
     tensors: int,
     options: EngineOptions | None = None,
@@ -281,12 +289,11 @@ def start(
         if "are too small" not in str(error):
             raise
         raise OperandError(f"memory: {error}: give more memory, or fewer threads") from None
-    return RunningWork(engine, threads, slot_bytes, options.isa or _cpu.best_isa(), paths)
+    isa = options.isa or _cpu.best_isa()
+    return RunningWork(engine, threads, slot_bytes, isa, paths, summing=len(work.extents) > 0)
 
 
-def paths_for(
-    work: Work, outputs: Sequence[Path] | Sequence[np.ndarray[Any, Any]], options: EngineOptions | None = None
-) -> Paths:
+def paths_for(work: Work, outputs: Outputs, options: EngineOptions | None = None) -> Paths:
     """Return how the files of ``work`` and ``outputs`` are to be reached under ``options``."""
     mode = (options or EngineOptions()).io
     return choose_paths(work.inputs, outputs, [size for _, size in work.outputs], mode)

@@ -173,7 +173,7 @@ def _plan(target: Path, control: Path, world: int, ranks: list[Finished], allowe
 
     lines, _ = read_lines(control / rank_name(0, world))
     sources = dict(ranks[0].sources or {})
-    folders = sources.pop("folders")
+    folders, checksums = sources.pop("folders"), sources.pop("checksums")
     given = {name: value for name, value in allowed.items() if value not in (None, False)}
     plan = prepare(make_request(**folders, out=target, **lines[0]["request"], **{**sources, **given}))
     who = identity(plan, ranks=world)
@@ -187,7 +187,7 @@ def _plan(target: Path, control: Path, world: int, ranks: list[Finished], allowe
         raise StorageError(
             f"{control / 'output'}: output files are gone or cut short: repeat the command for all ranks"
         )
-    return plan
+    return plan if checksums else plan.without_checksums()
 
 
 def _written_seam(

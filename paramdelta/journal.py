@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import paramdelta
+from paramdelta.checksums import combined
 from paramdelta.engine import NOTHING, RunResult, TensorCounts, TensorLoss
 from paramdelta.errors import Complaint, InputError, shown, storage_errors
 
@@ -23,26 +24,27 @@ if TYPE_CHECKING:
     from paramdelta.checkpoint import Checkpoint
     from paramdelta.plan import Plan
 
-VERSION = 1
+VERSION = 2
 _MIB = 1 << 20
 _MOST_SHOWN = 10
 
 
 @dataclass
 class Finished:
-    """What a journal says is done: segments by number, what they counted and lost, and the measured units, if they
-    are."""
+    """What a journal says is done: segments by number, what they counted and lost, what they contribute to the
+    checksums of tensors, and the measured units, if they are."""
 
     segments: set[int] = field(default_factory=set)
     counts: list[TensorCounts] = field(default_factory=list)
     losses: list[TensorLoss] = field(default_factory=list)
     measured: list[tuple[float, bool]] | None = None
+    checksums: dict[int, int] | None = field(default_factory=dict)  # None: a segment was written without
     sources: dict[str, Any] | None = None  # a rank's: where inputs lie, and what may be published
     totals: dict[str, Any] | None = None  # a rank's, once its part is done
 
     def result(self) -> RunResult:
-        """Return what the finished segments counted and lost."""
-        return replace(NOTHING, counts=tuple(self.counts), losses=tuple(self.losses))
+        """Return what the finished segments counted, lost and summed up."""
+        return replace(NOTHING, counts=tuple(self.counts), losses=tuple(self.losses), checksums=self.checksums)
 
 
 def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
@@ -115,7 +117,8 @@ class Journal:
     def add_segment(self, number: int, result: RunResult) -> None:
         """Note that a segment is on disk; its files must be synced already."""
         counts, losses = ([asdict(row) for row in rows] for rows in (result.counts, result.losses))
-        self._append({"segment": number, "counts": counts, "losses": losses})
+        checksums = None if result.checksums is None else sorted(result.checksums.items())
+        self._append({"segment": number, "counts": counts, "losses": losses, "checksums": checksums})
 
     def add_sources(self, sources: dict[str, Any]) -> None:
         """Note what whoever publishes needs to know beside the request."""
@@ -158,6 +161,8 @@ def replay(lines: list[dict[str, Any]]) -> Finished:
             finished.segments.add(line["segment"])
             finished.counts += [TensorCounts(**c) for c in line["counts"]]
             finished.losses += [TensorLoss(**c) for c in line["losses"]]
+            sums = line["checksums"]
+            finished.checksums = combined([finished.checksums, None if sums is None else dict(sums)])
     return finished
 
 

@@ -213,4 +213,5 @@ def sources_of(plan: Plan) -> dict[str, Any]:
         "allow_nonfinite": request.allow_nonfinite,
         "max_quant_error": request.max_quant_error,
         "overwrite": request.overwrite,
+        "checksums": plan.has_checksums,
     }

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paramdelta import checksums as sums
 from paramdelta import engine, resuming
 from paramdelta.errors import Complaint, InputError, NonFiniteError, PrecisionError, StorageError, shown
 from paramdelta.publish import Staging, write_files
@@ -37,6 +38,7 @@ def merge(
     isa: str | None = None,
     io: str = "auto",
     restart: bool = False,
+    checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
     **policies: Any,
 ) -> MergeReport:
@@ -52,6 +54,8 @@ def merge(
     threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
     restart : discard what an earlier run, cut short, has left of a merge to ``out``; by default the same merge is
         continued, and another refused
+    checksums : record the CRC-32 of every tensor in ``paramdelta.json``, by which :func:`paramdelta.verify` checks the
+        folder without its sources
     on_progress : called with (bytes read, bytes written) about ten times a second
     **policies : the fields of :class:`paramdelta.plan.MergeRequest`: ``alpha``, ``include``, ``exclude``,
         ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``dtype``, ``format``,
@@ -82,7 +86,7 @@ def merge(
 
     request = make_request(post=post, base=base, new_base=new_base, out=out, **policies)
     options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
-    return run_merge(prepare(request), options=options, restart=restart, on_progress=on_progress)
+    return run_merge(prepare(request), options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
 
 def prepare(request: MergeRequest) -> Plan:
@@ -109,6 +113,7 @@ def run_merge(
     *,
     options: engine.EngineOptions | None = None,
     restart: bool = False,
+    checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Carry out a plan and publish its folder, continuing what an earlier run left unless ``restart``. Raises what
@@ -117,6 +122,8 @@ def run_merge(
     request = plan.request
     if request.out is None:
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
+    if not checksums:
+        plan = plan.without_checksums()
     with Staging(request.out) as staging:
         if staging.put_back and not request.overwrite:
             raise StorageError(_PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
@@ -133,7 +140,7 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     request = plan.request
     assert request.out is not None
     with plan.watched_inputs():
-        write_files(staging.folder, plan.written_files())
+        _write_side_files(plan, staging.folder, result)
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
     lossy = _too_lossy(quantised, request.max_quant_error)
     publishable = (not nonfinite or request.allow_nonfinite) and not lossy
@@ -163,6 +170,22 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     if lossy:
         raise PrecisionError(lossy, report)
     return report
+
+
+def _write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:
+    """Write what the folder holds besides weights, the record last: it has the checksums of all else."""
+    from paramdelta.plan.sidefiles import RECORD, with_checksums
+
+    files = dict(plan.written_files())
+    record = files.pop(RECORD)
+    assert isinstance(record, bytes)
+    write_files(folder, files.items())
+    if plan.has_checksums:
+        found = result.checksums
+        if found is None:  # a part was written by a run that was not to keep them
+            found = sums.read([folder / name for name, _ in plan.work.outputs], plan.work.extents)
+        record = with_checksums(record, sums.document(plan, folder, files, found))
+    write_files(folder, [(RECORD, record)])
 
 
 def check_space(plan: Plan, folder: Path) -> None:

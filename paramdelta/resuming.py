@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paramdelta import engine
+from paramdelta import checksums, engine
 from paramdelta.engine import NOTHING, EngineOptions, RunResult, TensorCounts, TensorLoss
 from paramdelta.errors import storage_errors
 from paramdelta.journal import Journal, check_same, identity, rank_journals
@@ -167,7 +167,12 @@ def _wait(noted: Future[None] | None) -> None:
 
 def joined(total: RunResult, results: Sequence[RunResult]) -> RunResult:
     """Return ``total`` with what all results together say of the tensors: those of segments, or of ranks."""
-    return replace(total, counts=tuple(_counts(results)), losses=tuple(_losses(results)))
+    return replace(
+        total,
+        counts=tuple(_counts(results)),
+        losses=tuple(_losses(results)),
+        checksums=checksums.combined(result.checksums for result in results),
+    )
 
 
 def _counts(results: Sequence[RunResult]) -> list[TensorCounts]:

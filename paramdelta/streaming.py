@@ -171,6 +171,7 @@ def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
         inputs=tuple(path for path, keep in zip(work.inputs, used[:-1], strict=True) if keep),
         outputs=tuple(("", size) for size in sizes),
         headers=(),
+        extents=work.extents[:0],
         spans=spans,
         terms=terms,
         regions=regions,

@@ -1,12 +1,13 @@
-"""Checks a merged folder against its sources by another way than it was made: tensors are read through the safetensors
-library, by name, and recomputed by :mod:`paramdelta.reference`. Only the plan's decisions (what happens to which
-tensor) are shared with the merge, and those come from the request that the folder itself records."""
+"""Checks a merged folder against its record (:mod:`paramdelta.integrity`), and against its sources, where they are
+given, by another way than it was made: tensors are read through the safetensors library, by name, and recomputed by
+:mod:`paramdelta.reference`. Only the plan's decisions (what happens to which tensor) are shared with the merge, and
+those come from the request that the folder itself records."""
 
 from __future__ import annotations
 
 import filecmp
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta import JSON_VERSION, reference
+from paramdelta import JSON_VERSION, integrity, reference
 from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
-from paramdelta.checkpoint.documents import read_json
 from paramdelta.dtypes import DTYPES, DType
+from paramdelta.engine import EngineOptions
 from paramdelta.errors import CheckpointError, Complaint, InputError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan import Kind, MergeRequest, Plan, make_request
 from paramdelta.plan.outputs import Making
 from paramdelta.plan.pairing import NONE
-from paramdelta.plan.sidefiles import RECORD
+from paramdelta.plan.sidefiles import RECORD, with_checksums
 from paramdelta.recompute import Readers, Recomputed
 
 SAMPLE_ROWS = 8  # of each tensor, spread over it; the first and the last are always among them
@@ -32,7 +33,9 @@ _CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was compared and what is wrong; ``problems`` is empty where everything is bit-equal."""
+    """What was compared and what is wrong; ``problems`` is empty where everything is bit-equal. ``elements`` were
+    recomputed from the sources, a ``fraction`` of all; ``checksums`` counts the tensors whose CRC-32 was compared with
+    the record."""
 
     out: Path
     tensors: int
@@ -41,6 +44,7 @@ class VerifyReport:
     files: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    checksums: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -48,17 +52,72 @@ class VerifyReport:
 
 
 def verify(
-    out: str | Path, *, post: str | Path, base: str | Path, new_base: str | Path, everything: bool = False
+    out: str | Path,
+    *,
+    post: str | Path | None = None,
+    base: str | Path | None = None,
+    new_base: str | Path | None = None,
+    everything: bool = False,
+    threads: int | None = None,
+    memory: int | None = None,
+    isa: str | None = None,
+    io: str = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check the folder ``out`` against the three folders it was made from.
+    """Check the folder ``out`` against its own record and, where they are given, the three folders it was made from.
 
-    Names, types, shapes, the index and the side files must be those the recorded request gives; the values of every
-    tensor, or of rows spread over it unless ``everything``, must be bit-equal to the reference.
+    Without them, the files, their sizes, names, types and shapes, and the CRC-32 of every tensor must be those that the
+    merge recorded. With them, names, types, shapes, the index and the side files must be those the recorded request
+    gives; the values of every tensor, or of rows spread over it unless ``everything``, must be bit-equal to the
+    reference; and checksums are compared where the record has any. ``threads``, ``memory``, ``isa`` and ``io`` say how
+    tensors are read for their checksums (:class:`paramdelta.engine.EngineOptions`); ``on_progress(bytes_read, 0)`` is
+    called about ten times a second meanwhile.
 
-    Raises InputError where ``out`` is no merged folder or the sources cannot be merged.
+    Raises InputError where ``out`` is no merged folder, where it has no checksums and no sources are given, or where
+    these cannot be merged; StorageError where a file cannot be read.
     """
     out = Path(out)
-    plan = prepare(recorded_request(out, post, base, new_base))
+    options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    if post is None and base is None and new_base is None:
+        return _against_record(out, options, on_progress)
+    if post is None or base is None or new_base is None:
+        raise InputError(
+            Complaint(
+                "sources",
+                "only some of post, base and new_base are given",
+                "all three recompute the folder; none of them checks it against the checksums it records",
+            )
+        )
+    request = recorded_request(out, post, base, new_base)
+    found = integrity.recorded(out)
+    report = _against_sources(out, prepare(request), found, everything=everything)
+    if found is None:
+        return report
+    sums = integrity.check_weights(out, found, options=options, on_progress=on_progress)
+    new = tuple(problem for problem in sums.problems if problem not in report.problems)
+    return replace(report, checksums=sums.tensors, problems=(*report.problems, *new))
+
+
+def bytes_to_read(out: str | Path) -> int:
+    """Return about how many bytes the checksums of a folder are made of."""
+    return sum(path.stat().st_size for path in Path(out).glob("*.safetensors") if path.is_file())
+
+
+def _against_record(out: Path, options: EngineOptions, on_progress: Callable[[int, int], None] | None) -> VerifyReport:
+    checked = integrity.check(out, options=options, on_progress=on_progress)
+    return VerifyReport(
+        out=out,
+        tensors=checked.tensors,
+        elements=0,
+        fraction=0.0,
+        files=checked.files,
+        problems=checked.problems,
+        notes=checked.notes,
+        checksums=checked.tensors,
+    )
+
+
+def _against_sources(out: Path, plan: Plan, found: integrity.Recorded | None, *, everything: bool) -> VerifyReport:
     try:
         made = open_checkpoint(out, role="out")
     except CheckpointError as error:
@@ -66,7 +125,7 @@ def verify(
         return VerifyReport(
             out=out, tensors=0, elements=0, fraction=0.0, files=0, problems=tuple(problems), notes=plan.warnings
         )
-    problems = [*_file_problems(plan, out), *_header_problems(plan, made)]
+    problems = [*_file_problems(plan, out, found), *_header_problems(plan, made)]
     elements = 0
     if not problems:
         with Readers() as readers:
@@ -87,10 +146,7 @@ def verify(
 
 def recorded_request(out: Path, post: str | Path, base: str | Path, new_base: str | Path) -> MergeRequest:
     """Return the request that a merged folder records, for these sources. Raises InputError."""
-    path, complaints = out / RECORD, list[Complaint]()
-    document = read_json(out, RECORD, complaints)
-    if complaints:
-        raise InputError(replace(complaints[0], remedy="verify takes folders merge wrote"))
+    path, document = out / RECORD, integrity.read_record(out)
     try:
         recorded = dict(document["request"])
         recorded = {k: [tuple(r) for r in v] if k.startswith("rename_") else v for k, v in recorded.items()}
@@ -105,12 +161,15 @@ def recorded_request(out: Path, post: str | Path, base: str | Path, new_base: st
         ) from error
 
 
-def _file_problems(plan: Plan, out: Path) -> Iterator[str]:
+def _file_problems(plan: Plan, out: Path, found: integrity.Recorded | None) -> Iterator[str]:
     """Compare index and side files byte for byte, and look for files that should not be there."""
     expected = {name for name, _ in plan.work.outputs}
     for name, content in plan.written_files():
         expected.add(name)
         path = out / name
+        if name == RECORD and found is not None:  # the sums are not compared here, but with the tensors
+            assert isinstance(content, bytes)
+            content = with_checksums(content, found.document)
         if not path.is_file():
             yield f"{shown(name)}: missing"
         elif not _holds(path, content):

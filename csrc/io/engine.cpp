@@ -48,6 +48,7 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
   }
   for (const Target& output : outputs_) work_.alignment = std::max(work_.alignment, output.alignment());
   work_.validate(input_sizes, output_sizes);
+  checksums_.emplace(std::move(work_.extents), work_.tensors, output_sizes, options_.isa);
   results_.counts.resize(work_.tensors);
   results_.losses.resize(work_.regions.empty() ? 0 : work_.tensors);
   results_.measured.resize(work_.units);
@@ -108,7 +109,7 @@ void Engine::carry(Slot& slot) {
     const std::lock_guard<std::mutex> lock(mutex_);
     results_.counts[static_cast<std::size_t>(tensor)] += counts;
   });
-  bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_));
+  bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_, *checksums_));
 }
 
 void Engine::carry(Rectangle& rectangle, const Piece& piece) {
@@ -116,7 +117,7 @@ void Engine::carry(Rectangle& rectangle, const Piece& piece) {
   const Region& region = rectangle.region();
   const ScaledResult result = region.measure ? cpu::measure_scaled(options_.isa, rectangle.job())
                                              : cpu::merge_scaled(options_.isa, rectangle.job());
-  bytes_written_ += static_cast<std::int64_t>(rectangle.drain(outputs_));
+  bytes_written_ += static_cast<std::int64_t>(rectangle.drain(outputs_, *checksums_));
   const std::lock_guard<std::mutex> lock(mutex_);
   if (region.measure) {
     Measured& unit = results_.measured[static_cast<std::size_t>(region.unit)];
@@ -144,6 +145,9 @@ const Results& Engine::finish() {
   threads_.clear();
   if (error_) std::rethrow_exception(error_);
   for (Target& output : outputs_) output.file.close();
+  results_.checksums.clear();
+  for (std::size_t i = 0; i < checksums_->extents().size(); ++i)
+    results_.checksums.emplace_back(checksums_->extents()[i].tensor, checksums_->sum(i));
   return results_;
 }
 

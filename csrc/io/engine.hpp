@@ -13,6 +13,7 @@
 
 #include "cpu/merge.hpp"
 #include "cpu/scaled.hpp"
+#include "io/checksums.hpp"
 #include "io/cursor.hpp"
 #include "io/rectangle.hpp"
 #include "io/slot.hpp"
@@ -42,6 +43,8 @@ struct Results {
   std::vector<Counts> counts;      // one per tensor
   std::vector<Loss> losses;        // one per tensor; empty where the work has no regions
   std::vector<Measured> measured;  // one per unit
+  // raw(), as in cpu/crc32.hpp, of what was written of each tensor that the work has an extent for; one per extent.
+  std::vector<std::pair<std::int32_t, std::uint32_t>> checksums;
 };
 
 struct Progress {
@@ -82,6 +85,7 @@ class Engine {
   std::vector<Input> inputs_;
   std::vector<Target> outputs_;
   const Options options_;
+  std::optional<Checksums> checksums_;
   std::optional<Cursor> cursor_;
   std::unique_ptr<std::byte, Unmapper> slab_;
   std::vector<std::thread> threads_;

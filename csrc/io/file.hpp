@@ -79,16 +79,17 @@ struct Input {
   }
 };
 
-// Where output goes, likewise.
+// Where output goes, likewise; or nowhere, where only what comes of it on the way is wanted.
 struct Target {
   File file;
   std::byte* memory = nullptr;
+  bool nowhere = false;
 
   std::size_t alignment() const { return file.alignment(); }
   void write_at(const void* from, std::size_t count, std::int64_t offset) const {
     if (memory)
       std::memcpy(memory + offset, from, count);
-    else
+    else if (!nowhere)
       file.write_at(from, count, offset);
   }
 };

@@ -354,7 +354,7 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
   return read_;
 }
 
-std::size_t Rectangle::drain(const std::vector<Target>& outputs) const {
+std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& checksums) const {
   const Region& at = region();
   if (at.measure) return 0;
   std::size_t written = 0;
@@ -362,6 +362,7 @@ std::size_t Rectangle::drain(const std::vector<Target>& outputs) const {
                          std::int64_t stride, std::int64_t length) {
     const Target& target = outputs[static_cast<std::size_t>(file)];
     const auto* from = static_cast<const std::byte*>(data);
+    checksums.add_rows(file, offset, from, rows, length, stride);
     if (stride == length || rows == 1) {
       target.write_at(from, static_cast<std::size_t>(rows * length), offset);
     } else {

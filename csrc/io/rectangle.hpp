@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/scaled.hpp"
+#include "io/checksums.hpp"
 #include "io/file.hpp"
 #include "io/work.hpp"
 
@@ -36,8 +37,8 @@ class Rectangle {
   std::size_t fill(const Piece& piece, const std::vector<Input>& inputs);
   const ScaledMerge& job() const { return job_; }
   const Region& region() const { return work_.regions[piece_.region]; }
-  // Writes codes and scales. Returns their bytes.
-  std::size_t drain(const std::vector<Target>& outputs) const;
+  // Writes codes and scales, and has them summed. Returns their bytes.
+  std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums) const;
 
  private:
   struct Plane;

@@ -141,9 +141,11 @@ Merge Slot::job(std::size_t part) {
           static_cast<std::size_t>(parts_[part].count)};
 }
 
-std::size_t Slot::drain(std::vector<Target>& outputs) const {
-  Target& target = outputs[static_cast<std::size_t>(work_.spans[parts_.front().span].out_file)];
-  if (!target.memory) target.file.write_at(out_, out_bytes_, out_offset());
+std::size_t Slot::drain(std::vector<Target>& outputs, Checksums& checksums) const {
+  const std::int32_t file = work_.spans[parts_.front().span].out_file;
+  Target& target = outputs[static_cast<std::size_t>(file)];
+  checksums.add(file, out_offset(), out_, out_bytes_);
+  if (!target.memory) target.write_at(out_, out_bytes_, out_offset());
   return out_bytes_;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/expression.hpp"
+#include "io/checksums.hpp"
 #include "io/cursor.hpp"
 #include "io/file.hpp"
 
@@ -34,8 +35,8 @@ class Slot {
         std::memcpy(outs_[i], where_[i], part_bytes(i));
     }
   }
-  // Writes the output extent. Returns its bytes.
-  std::size_t drain(std::vector<Target>& outputs) const;
+  // Writes the output extent, and has it summed. Returns its bytes.
+  std::size_t drain(std::vector<Target>& outputs, Checksums& checksums) const;
 
  private:
   struct Read {

@@ -9,6 +9,7 @@
 
 #include "core/dtypes.hpp"
 #include "core/scaled.hpp"
+#include "io/checksums.hpp"
 
 namespace paramdelta::io {
 
@@ -107,6 +108,7 @@ struct Work {
   std::vector<RegionTerm> region_terms;
   std::vector<View> views;
   std::vector<RecipeRow> recipes;
+  std::vector<Extent> extents;  // of the tensors whose checksums are wanted
   std::size_t units = 0;
   std::size_t alignment = 1;  // the largest of the files' (File::alignment)
 

@@ -14,6 +14,7 @@ namespace paramdelta {
 cpu::Isa isa_of(const std::optional<std::string>& name);
 
 void bind_ops(pybind11::module_& module);
+void bind_checksums(pybind11::module_& module);
 void bind_scaled(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 

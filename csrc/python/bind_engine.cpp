@@ -76,6 +76,9 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
       const auto [path, access] = file_of(object);
       target.file = io::File::open_for_writing(path, access);
       sizes.push_back(target.file.size());
+    } else if (py::isinstance<py::int_>(object)) {  // nowhere, a file of this size
+      target.nowhere = true;
+      sizes.push_back(py::cast<std::int64_t>(object));
     } else {
       const py::buffer_info& info = bound.bytes_of(object, true);
       target.memory = static_cast<std::byte*>(info.ptr);
@@ -102,6 +105,7 @@ std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t te
   work.region_terms = rows_of<io::RegionTerm>(column("region_terms"), "region_terms");
   work.views = rows_of<io::View>(column("views"), "views");
   work.recipes = rows_of<io::RecipeRow>(column("recipes"), "recipes");
+  work.extents = rows_of<io::Extent>(column("extents"), "extents");
   work.units = units;
   io::Options options;
   options.threads = threads;
@@ -134,6 +138,14 @@ py::list measured_of(const std::vector<io::Measured>& measured) {
   return rows;
 }
 
+// Contributions to the checksums of tensors that are not 0, which contributes nothing.
+py::list checksums_of(const std::vector<std::pair<std::int32_t, std::uint32_t>>& checksums) {
+  py::list rows;
+  for (const auto& [tensor, sum] : checksums)
+    if (sum) rows.append(py::make_tuple(tensor, sum));
+  return rows;
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -156,6 +168,7 @@ void bind_engine(py::module_& module) {
   row_bytes["region_terms"] = sizeof(io::RegionTerm);
   row_bytes["views"] = sizeof(io::View);
   row_bytes["recipes"] = sizeof(io::RecipeRow);
+  row_bytes["extents"] = sizeof(io::Extent);
   module.attr("ROW_BYTES") = row_bytes;
   module.def("direct_alignment", [](const py::bytes& path) { return io::direct_alignment(path); }, py::arg("path"));
   module.def("in_memory", [](const py::bytes& path) { return io::in_memory(path); }, py::arg("path"));
@@ -188,7 +201,8 @@ void bind_engine(py::module_& module) {
           py::gil_scoped_release release;
           results = &self.engine->finish();
         }
-        return py::make_tuple(counts_of(results->counts), losses_of(results->losses), measured_of(results->measured));
+        return py::make_tuple(counts_of(results->counts), losses_of(results->losses), measured_of(results->measured),
+                              checksums_of(results->checksums));
       });
 }
 

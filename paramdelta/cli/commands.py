@@ -80,6 +80,7 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of continuing a merge that was cut short.")
 @options.ranks
+@click.option("--no-checksums", is_flag=True, help="Do not record the CRC-32 of every tensor in paramdelta.json.")
 @options.output
 def merge(
     as_json: bool,
@@ -91,6 +92,7 @@ def merge(
     restart: bool,
     rank: int | None,
     world_size: int | None,
+    no_checksums: bool,
     **request: Any,
 ) -> None:
     """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated.
@@ -107,6 +109,7 @@ def merge(
             this,
             lambda: present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io),
             restart=restart,
+            checksums=not no_checksums,
             as_json=as_json,
             quiet=quiet,
         )
@@ -117,7 +120,9 @@ def merge(
         render.print_warnings(plan.warnings)
     total = plan.bytes_read + plan.bytes_written
     with render.progress(total, quiet=quiet or as_json) as on_progress:
-        report = merging.run_merge(plan, options=run_options, restart=restart, on_progress=on_progress)
+        report = merging.run_merge(
+            plan, options=run_options, restart=restart, checksums=not no_checksums, on_progress=on_progress
+        )
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
@@ -214,18 +219,23 @@ def inspect(folder: str, as_json: bool, quiet: bool) -> None:
         present.checkpoint(description)
 
 
-@cli.command(short_help="Recompute a merged folder from its sources.")
+@cli.command(short_help="Check a merged folder, alone or against its sources.")
 @click.argument("out", type=options.FOLDER, metavar="OUT")
-@options.inputs(required=True)
+@options.inputs(required=False)
 @click.option("--all", "everything", is_flag=True, help="Recompute every element instead of a sample of each tensor.")
+@options.machine
 @options.output
-def verify(out: str, post: str, base: str, new_base: str, everything: bool, as_json: bool, quiet: bool) -> None:
-    """Check a merged folder against its sources: files, names and types, and the values, recomputed by the reference
-    in NumPy and read through the safetensors library."""
-    from paramdelta.cli import present
-    from paramdelta.verification import verify as run_verify
+def verify(out: str, memory: str, as_json: bool, quiet: bool, **arguments: Any) -> None:
+    """Check a merged folder. Alone: its files, and the CRC-32 of every tensor, against what paramdelta.json records.
+    With --post, --base and --new-base also the values, recomputed by the reference in NumPy and read through the
+    safetensors library."""
+    from paramdelta import verification
+    from paramdelta.cli import present, render
 
-    report = run_verify(out, post=post, base=base, new_base=new_base, everything=everything)
+    arguments["memory"] = present.memory_bytes(memory)
+    total = verification.bytes_to_read(out)
+    with render.progress(total, quiet=quiet or as_json, doing="checking") as on_progress:
+        report = verification.verify(out, **arguments, on_progress=on_progress)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

@@ -29,12 +29,13 @@ def merge_as(
     inputs: Callable[[], tuple[MergeRequest, EngineOptions]],
     *,
     restart: bool,
+    checksums: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Do a rank's part of the merge that ``inputs`` spells, and show what came of it."""
     if coordination.coordinated(rank, os.environ):
-        _in_company(rank, inputs, restart=restart, as_json=as_json, quiet=quiet)
+        _in_company(rank, inputs, restart=restart, checksums=checksums, as_json=as_json, quiet=quiet)
         return
     from paramdelta import gathering, meeting
     from paramdelta.cli import present, render
@@ -44,6 +45,7 @@ def merge_as(
         assert request.out is not None
         raise meeting.refuse_restart(request.out)
     plan = _prepared(request, rank, quiet=quiet or as_json, warn=not as_json and rank.number == 0)
+    plan = plan if checksums else plan.without_checksums()
     with render.progress(_share_of(plan, rank), quiet=quiet or as_json) as on_progress:
         report = gathering.merge_part(plan, rank, options=options, on_progress=on_progress)
     if as_json:
@@ -73,6 +75,7 @@ def _in_company(
     inputs: Callable[[], tuple[MergeRequest, EngineOptions]],
     *,
     restart: bool,
+    checksums: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -93,6 +96,7 @@ def _in_company(
                 out = request.out
                 company.once("discarded", lambda: discard(out))
             plan = _prepared(request, rank, quiet=quiet or as_json or again, warn=first and not as_json)
+            plan = plan if checksums else plan.without_checksums()
             total = plan.bytes_read + plan.bytes_written
             with render.progress(total, quiet=quiet or as_json or not first) as shown:
                 _part_and_end(company, plan, options, shown, outcome, patience=_PATIENCE_SECONDS if again else 0.0)

@@ -70,6 +70,13 @@ def rank_report(report: RankReport) -> None:
     say(f"when all {report.ranks} are: paramdelta finalize {report.out}")
 
 
+def memory_bytes(memory: str) -> int | None:
+    """Return the bytes that ``--memory`` spells, None for ``auto``. Raises InputError."""
+    from paramdelta.plan.request import parse_size
+
+    return None if memory == "auto" else parse_size(memory, option="--memory")
+
+
 def merge_report(report: MergeReport) -> None:
     """Print the table that closes a merge."""
     moved = report.bytes_read + report.bytes_written
@@ -250,16 +257,18 @@ def verify_report(report: VerifyReport) -> None:
     print_warnings(report.notes)
     for problem in report.problems:
         say(f"wrong: {problem}", err=True)
-    print_table(
-        "verified" if not report.problems else "NOT what these sources give",
-        [
-            ("folder", str(report.out)),
-            ("tensors", f"{report.tensors:,} compared"),
-            ("elements", f"{report.elements:,} recomputed by the reference ({report.fraction:.1%} of all)"),
-            ("files", f"{report.files:,} checked"),
-            ("problems", str(len(report.problems)) if report.problems else "none: bit-equal"),
-        ],
-    )
+    rows = [("folder", str(report.out))]
+    if report.elements or not report.checksums:
+        compared = f"{report.elements:,} recomputed by the reference ({report.fraction:.1%} of all)"
+        rows += [("tensors", f"{report.tensors:,} compared"), ("elements", compared)]
+    if report.checksums:
+        rows.append(("checksums", f"{count(report.checksums, 'tensor')} summed up and compared with the record"))
+    rows += [
+        ("files", f"{report.files:,} checked"),
+        ("problems", str(len(report.problems)) if report.problems else "none: bit-equal"),
+    ]
+    wrong = "NOT what these sources give" if report.elements else "NOT what was written"
+    print_table(wrong if report.problems else "verified", rows)
 
 
 def demo_end(folder: Path) -> None:

@@ -70,7 +70,7 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress(total: int, *, quiet: bool, doing: str = "merging") -> Iterator[Callable[[int, int], None] | None]:
     """Yield a callback for (bytes read, bytes written) that shows a bar with GB/s and time left on standard error: a
     live bar on a terminal, a line every ten seconds elsewhere."""
     if quiet:
@@ -89,7 +89,7 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
         )
 
         bar = Progress(
-            TextColumn("merging"),
+            TextColumn(doing),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -99,7 +99,7 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
             transient=True,
         )
         with bar:
-            task = bar.add_task("merge", total=total)
+            task = bar.add_task(doing, total=total)
             yield lambda read, written: bar.update(task, completed=read + written)
 
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,16 @@ class Plan:
     def out_files(self) -> NDArray[np.int64]:
         """The output file of each tensor."""
         return self.layout.files
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the merge is to record checksums of its tensors."""
+        return bool(len(self.work.extents))
+
+    def without_checksums(self) -> Plan:
+        """Return the plan of the same merge, of whose tensors no checksums are wanted."""
+        work = replace(self.work, extents=self.work.extents[:0])
+        return replace(self, layout=replace(self.layout, work=work))
 
     def dtype_of(self, tensor: int) -> DType:
         """Return the dtype of an output tensor."""

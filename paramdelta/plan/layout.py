@@ -25,7 +25,7 @@ from paramdelta.plan.outputs import Making, Outputs, make_outputs
 from paramdelta.plan.pairing import NONE, Kind, Pairing
 from paramdelta.plan.regions import Copy, Places, RegionMaker
 from paramdelta.plan.request import MergeRequest
-from paramdelta.plan.work import SPAN, TERM, Work
+from paramdelta.plan.work import EXTENT, SPAN, TERM, Work
 
 _RAW = BY_NAME["u8"].code
 _ZEROS = -1
@@ -103,6 +103,7 @@ def lay_out(
         terms=terms,
         **made.columns(maker.views),
         scale_tensors=np.array(made.scale_tensors, np.int64),
+        extents=_extents(files, offsets, nbytes[order]),
         units=tuple(made.units),
         span_units=units,
         span_kept=kept,
@@ -115,6 +116,14 @@ def lay_out(
     return Layout(
         outputs=outputs, order=order, dtypes=dtypes[order], nbytes=nbytes[order], files=files, work=work, index=index
     )
+
+
+def _extents(files: Column, offsets: Column, nbytes: Column) -> Column:
+    """Return where each tensor lies, in order of their files."""
+    extents = np.zeros(len(files), EXTENT)
+    extents["file"], extents["begin"], extents["end"] = files, offsets, offsets + nbytes
+    extents["tensor"] = np.arange(len(files))
+    return extents[np.lexsort((extents["begin"], extents["file"]))]
 
 
 def _with_copies(spans: Column, copies: list[Copy]) -> tuple[Column, Column, Column]:

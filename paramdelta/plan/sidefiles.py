@@ -107,6 +107,15 @@ def record(request: MergeRequest, checkpoints: Sequence[Checkpoint], policies: d
         },
         "policies": policies,
     }
+    return _written(document)
+
+
+def with_checksums(record: bytes, checksums: dict[str, Any]) -> bytes:
+    """Return a record that ends with the checksums of the files and tensors (:func:`paramdelta.checksums.document`)."""
+    return _written({**json.loads(record), "checksums": checksums})
+
+
+def _written(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 

@@ -125,6 +125,14 @@ RECIPE = np.dtype(
         ("_pad", "V3"),
     ]
 )
+EXTENT = np.dtype(
+    [
+        ("begin", "<i8"),  # absolute byte offsets in the output file
+        ("end", "<i8"),
+        ("file", "<i4"),  # index into Work.outputs
+        ("tensor", "<i4"),  # index into Plan.names
+    ]
+)
 
 Rows = np.ndarray[Any, np.dtype[np.void]]
 _F32 = np.float32
@@ -189,6 +197,8 @@ class Work:
 
     ``span_units`` and ``span_kept`` say of each span which unit it waits for (−1: none) and whether it is the choice
     for an untouched unit; regions with a unit are the choice for a touched one.
+
+    ``extents`` say, in order of (file, begin), where the tensors lie whose checksums are wanted.
     """
 
     inputs: tuple[Path | bytearray, ...]
@@ -201,6 +211,7 @@ class Work:
     views: Rows = field(default_factory=lambda: no_rows(VIEW))
     recipes: Rows = field(default_factory=lambda: no_rows(RECIPE))
     scale_tensors: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # of each region, −1: none
+    extents: Rows = field(default_factory=lambda: no_rows(EXTENT))
     units: tuple[SharedScale, ...] = ()
     span_units: NDArray[np.int64] | None = None
     span_kept: NDArray[np.bool_] | None = None
@@ -250,7 +261,7 @@ class Work:
         """Return the work of the pass that measures: regions of units, and no output."""
         chosen = self.regions[self.regions["unit"] >= 0].copy()
         chosen["measure"], chosen["out_file"], chosen["scale_out_file"] = 1, -1, -1
-        return replace(self, spans=self.spans[:0], regions=chosen, outputs=(), headers=())
+        return replace(self, spans=self.spans[:0], regions=chosen, outputs=(), headers=(), extents=self.extents[:0])
 
     def settled(self, measured: Sequence[tuple[float, bool]]) -> Work:
         """Return the work that is left when every unit's (amax, touched) is known."""

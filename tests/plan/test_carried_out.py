@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from plan_folders import BF16, Tensors, carry_out, llama, plan, read, three, values
+from recorded_sums import check_sums
 
 import paramdelta
 from paramdelta.checkpoint.header import format_header
@@ -86,6 +87,9 @@ def test_merge_stream_and_verify_agree(case: str, shards: int, tmp_path: Path) -
         assert merged[name].tobytes() == expected[name].tobytes(), name
     for path in (tmp_path / "expected").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+    check_sums(tmp_path / "out")
+    assert paramdelta.verify(tmp_path / "out").problems == ()
 
     streamed = dict(paramdelta.stream(**folders, **options, batch_bytes=64))
     assert streamed.keys() == expected.keys()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from families_low_bit import ALL
 from quantised_merges import Case, check_same, expected, places, read
+from recorded_sums import check_sums
 
 import paramdelta
 
@@ -20,6 +21,7 @@ def test_merge(case: Case, policy: str, folders_of, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = paramdelta.merge(**folders.sources(), out=out, scale_policy=policy, **case.options)
     check_same(read(out), expected(case, folders, policy))
+    check_sums(out)
     assert report.nonfinite == ()
     if case.converts:
         return

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from families_low_bit import ALL
 from quantised_merges import ROLES, Case, Folders, Layout, check_same, expected, folder_bytes, read
+from recorded_sums import check_sums
 
 import paramdelta
 from paramdelta.backends import cpu
@@ -58,6 +59,7 @@ def test_runs(case: Case, folders_of: FoldersOf, tmp_path: Path) -> None:
         made.append(folder_bytes(out))
         assert made[-1] == made[0], run
     check_same(read(tmp_path / "0"), expected(case, folders, "keep"))
+    check_sums(tmp_path / "0")
 
 
 @pytest.mark.parametrize("case", ALL.values(), ids=ALL)
@@ -69,6 +71,7 @@ def test_shards_and_streams(case: Case, folders_of: FoldersOf, tmp_path: Path) -
     paramdelta.merge(**sources, out=tmp_path / "shards", max_shard_size="50KB", **case.options)
     assert (tmp_path / "shards" / INDEX).exists()
     check_same(read(tmp_path / "shards"), wanted)
+    check_sums(tmp_path / "shards")
     for batch in (1, 100_000):
         streamed = {}
         for name, value in paramdelta.stream(**sources, batch_bytes=batch, **case.options):

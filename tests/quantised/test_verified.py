@@ -29,10 +29,20 @@ def flip(folder: Path, names: Iterable[str], seed: int) -> None:
     assert not left
 
 
+def problems_of(out: Path, sources: dict[str, Path]) -> tuple[set[str], set[str]]:
+    """Return the tensors whose values are wrong by recomputing them, and those whose checksums are."""
+    found: tuple[set[str], set[str]] = set(), set()
+    for problem in paramdelta.verify(out, **sources, everything=True).problems:
+        name, _, what = problem.partition(":")
+        found["CRC-32" in what].add(name)
+    return found
+
+
 @pytest.mark.parametrize("case", ALL.values(), ids=ALL)
 def test_verify(case: Case, folders_of: Callable[[Case], Folders], tmp_path: Path) -> None:
     """Nothing is wrong with what a merge wrote. One byte changed of every weight, in turn in its codes, its scales and
-    its second scale, and every weight is named; so are plain and calibration tensors."""
+    its second scale, and every weight is named; so are plain and calibration tensors. Checksums name the tensor
+    that was changed, with and without the sources."""
     sources, out = folders_of(case).sources(), tmp_path / "out"
     paramdelta.merge(**sources, out=out, **case.options)
     for everything in (False, True):
@@ -47,8 +57,10 @@ def test_verify(case: Case, folders_of: Callable[[Case], Folders], tmp_path: Pat
         changed.append(names[parts[number % len(parts)]])
         named.add(names["codes"])
     flip(out, changed, 0)
-    problems = paramdelta.verify(out, **sources, everything=True).problems
-    assert {problem.partition(":")[0] for problem in problems} == named
+    values, sums = problems_of(out, sources)
+    assert values == named
+    assert sums == set(changed)
+    assert {problem.partition(":")[0] for problem in paramdelta.verify(out).problems} == set(changed)
 
 
 @pytest.mark.parametrize("name", ["kimi-k2.5", "modelopt-nvfp4", "gpt-oss"])
@@ -61,5 +73,4 @@ def test_copies(name: str, folders_of: Callable[[Case], Folders], tmp_path: Path
     parts = [quantised_names(ALL[name].new_base, part)[:1] for part in ("codes", "scale", "second", "shape")]
     changed = [tensor for names in parts for tensor in names]
     flip(out, changed, 0)
-    problems = paramdelta.verify(out, **sources, everything=True).problems
-    assert {problem.partition(":")[0] for problem in problems} == set(changed)
+    assert problems_of(out, sources) == (set(changed), set(changed))
