@@ -53,8 +53,9 @@ def read_record(out: Path) -> dict[str, Any]:
     """Return the record of a merged folder. Raises InputError where there is none, or it cannot be understood."""
     complaints: list[Complaint] = []
     document = read_json(out, RECORD, complaints)
-    if complaints:
-        raise InputError(replace(complaints[0], remedy="verify takes folders merge wrote"))
+    for complaint in complaints:
+        what = f"does not say how the folder was made: it {complaint.problem}"
+        raise InputError(replace(complaint, problem=what, remedy="verify takes folders merge wrote"))
     return document
 
 

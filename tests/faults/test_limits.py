@@ -61,7 +61,7 @@ def test_too_little_memory_for_the_inputs(workshop: Workshop) -> None:
     config = workshop.root / "post" / "config.json"
     config.write_text('{"x": "' + "x" * (90 << 20) + '"}')
     saying = ["error: this process may have no more memory", "--memory"]
-    options = {"preexec_fn": limit(resource.RLIMIT_AS, 400 << 20), "env": no_threads(workshop)}
+    options = {"preexec_fn": limit(resource.RLIMIT_AS, 300 << 20), "env": no_threads(workshop)}
     workshop.must_fail(saying=saying, **options)
     done = workshop.merge(extra=["--json"], **options)
     assert done.returncode == 1

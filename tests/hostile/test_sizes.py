@@ -88,7 +88,7 @@ def test_a_record_of_a_terabyte(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     outcome = run("verify", tmp_path / "out", *inputs(folders), seconds=5, megabytes=150)
     assert outcome.code == 2
-    assert "paramdelta.json: holds 1,099,511,627,776 bytes" in outcome.err
+    assert "it holds 1,099,511,627,776 bytes" in outcome.err
 
 
 def test_side_files_larger_than_memory_may_be(tmp_path: Path) -> None:
