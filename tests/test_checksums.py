@@ -142,7 +142,7 @@ def test_extents_that_fit_nothing_are_refused(tmp_path: Path, wrong: tuple[str, 
 
 def test_segments_contribute_in_any_order(tmp_path: Path) -> None:
     folders = write(tmp_path)
-    request = make_request(**folders, format="fp8-block")
+    request = make_request(**folders, format="fp8-channel")
     plan = make_plan(request, *open_all(request))
     work, _ = engine.settle(plan.work, tensors=len(plan.names))
     sizes = [size for _, size in work.outputs]
