@@ -65,6 +65,9 @@ def read(
     spans["tensor"] = filled["tensor"]
     spans["out_dtype"] = spans["new_dtype"] = u8
     sizes = [_size(path) for path in files]
+    for file, size in enumerate(sizes):
+        if (filled["end"][filled["file"] == file] > size).any():
+            raise StorageError(f"{files[file]}: has become shorter than its header says: {size:,} bytes")
     work = Work(
         inputs=tuple(files),
         outputs=tuple((path.name, size) for path, size in zip(files, sizes, strict=True)),
