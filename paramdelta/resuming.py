@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from paramdelta.segments import SEGMENT_BYTES, Segment, cut
 from paramdelta.storage import Trial
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from paramdelta.plan import Plan, Work
     from paramdelta.publish import Staging
 
@@ -123,6 +124,8 @@ class Noting:
         if not missing:
             return joined(before, [done.result()])
         trial = Trial(engine.paths_for(segments[0].work, self.outputs, options), len(missing))
+        from concurrent.futures import ThreadPoolExecutor  # most merges have one segment and start sooner without
+
         with ThreadPoolExecutor(max_workers=1) as background:
             for number in missing:
                 self.check()  # a file that became a pipe would block its opening for ever

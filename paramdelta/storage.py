@@ -59,8 +59,8 @@ def choose_paths(inputs: Sequence[Any], outputs: Sequence[Any], sizes: Sequence[
     """Choose the access of every one of ``inputs`` and ``outputs`` (paths, or memory), the outputs of ``sizes`` bytes.
 
     ``buffered``: through the page cache. ``direct``: past it, wherever the file system can. ``auto``: what the page
-    cache has is read from there; what is cold is read ``passing`` (:class:`Trial` compares it with ``direct``); outputs
-    are written past the cache.
+    cache has is read from there; what is cold is read past it (in large merges, :class:`Trial` compares that with
+    ``passing``), and outputs are written past it.
     """
     from paramdelta import _cpu
 
@@ -78,10 +78,11 @@ def choose_paths(inputs: Sequence[Any], outputs: Sequence[Any], sizes: Sequence[
             read.append(DIRECT)
         elif 2 * _cpu.cached_bytes(name) >= size:
             read.append(CACHED)
+        elif mode == "auto" and _goes_direct(name, size):
+            read.append(DIRECT)
+            cold.append(number)
         else:
             read.append(PASSING)
-            if mode == "auto" and _goes_direct(name, size):
-                cold.append(number)
     written: list[str | None] = []
     for out, size in zip(outputs, sizes, strict=True):
         if not isinstance(out, Path):
@@ -128,7 +129,7 @@ class Trial:
         """Return the paths for the next segment."""
         if not self.paths.cold or self.segments < self.FEWEST:
             return self.paths
-        untried = [access for access in (PASSING, DIRECT) if access not in self._speeds]
+        untried = [access for access in (DIRECT, PASSING) if access not in self._speeds]
         return self.paths.with_cold(untried[0] if untried else self.best())
 
     def tell(self, paths: Paths, nbytes: int, seconds: float) -> None:
@@ -138,7 +139,7 @@ class Trial:
 
     def best(self) -> str:
         """Return the fastest access so far."""
-        return max(self._speeds, key=self._speeds.__getitem__, default=PASSING)
+        return max(self._speeds, key=self._speeds.__getitem__, default=DIRECT)
 
 
 def memory_limit() -> int:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paramdelta import coordination
 from paramdelta.errors import ParamDeltaError
 
 if TYPE_CHECKING:
+    from paramdelta import coordination
     from paramdelta.engine import EngineOptions
     from paramdelta.plan import MergeRequest, Plan
     from paramdelta.ranks import Rank
@@ -34,6 +34,8 @@ def merge_as(
     quiet: bool,
 ) -> None:
     """Do a rank's part of the merge that ``inputs`` spells, and show what came of it."""
+    from paramdelta import coordination
+
     if coordination.coordinated(rank, os.environ):
         _in_company(rank, inputs, restart=restart, checksums=checksums, as_json=as_json, quiet=quiet)
         return
@@ -79,7 +81,7 @@ def _in_company(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from paramdelta import cli
+    from paramdelta import cli, coordination
     from paramdelta.cli import present, render
 
     first = rank.number == 0

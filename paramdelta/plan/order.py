@@ -90,4 +90,5 @@ def _some_of(candidates: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray
     if not len(candidates):
         return candidates
     largest = candidates[np.argsort(-sizes, kind="stable")]
-    return np.unique(largest[np.linspace(0, len(largest) // 2, SAMPLED_TENSORS).astype(int)])
+    chosen = largest[np.linspace(0, len(largest) // 2, SAMPLED_TENSORS).astype(int)]
+    return np.array(sorted(set(chosen.tolist())), np.int64)
