@@ -50,6 +50,8 @@ SANITIZERS = {
         _ADDRESS,
         (
             "test_engine.py",
+            "test_storage.py",
+            "conformance/test_crc32.py",
             "test_ops.py",
             "test_scaled.py",
             "test_resuming.py",
@@ -67,6 +69,8 @@ SANITIZERS = {
         _THREAD,
         (
             "test_engine.py",
+            "test_storage.py",
+            "conformance/test_crc32.py",
             "test_scaled.py",
             "test_resuming.py",
             "conformance/test_ranges.py",
