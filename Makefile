@@ -54,6 +54,7 @@ build/fuzz/venv/.ready: $(SOURCES) requirements-fuzz.txt constraints.txt
 	touch $@
 
 sanitize: $(VENV)/.tools  ## Run the tests that reach C++ under ASan and UBSan, then TSan; SANITIZERS=address picks one
+	$(PIP) install --quiet -c constraints.txt setuptools pybind11
 	$(BIN)/python tests/sanitizing/run.py $(SANITIZERS)
 
 sdist: $(VENV)/.tools  ## Build the source distribution into dist/
