@@ -1,5 +1,5 @@
-"""Faults of the ways to storage: what a kernel or a file system refuses is done another way, what fails is an error, and
-bytes that come back short are asked for again. The files are large enough to go past the page cache."""
+"""Faults of the ways to storage: what a kernel or a file system refuses is done another way, what fails is an error,
+and bytes that come back short are asked for again. The files are large enough to go past the page cache."""
 
 from __future__ import annotations
 
