@@ -13,7 +13,7 @@ from choices import Choices
 from paramdelta import _cpu
 from paramdelta.dtypes import BF16, BY_SAFETENSORS, F32, MERGE_DTYPES
 from paramdelta.formats import CODECS
-from paramdelta.plan.work import RECIPE, REGION, REGION_TERM, SPAN, TERM, VIEW
+from paramdelta.plan.work import EXTENT, RECIPE, REGION, REGION_TERM, SPAN, TERM, VIEW
 
 COLUMNS = {
     "spans": SPAN,
@@ -22,6 +22,7 @@ COLUMNS = {
     "region_terms": REGION_TERM,
     "views": VIEW,
     "recipes": RECIPE,
+    "extents": EXTENT,
 }
 _INPUT, _OUTPUT = 4096, 2048  # bytes of each input and output
 _NUMBERS = (0, 1, 2, 3, 7, 8, 16, 31, 32, 33, 63, 64, 255, 1024, 2047, 2048, 4095, 4096, -1, -2, 1 << 20, 1 << 30)
@@ -54,6 +55,7 @@ def run(data: bytes) -> None:
         columns["spans"], columns["terms"] = _spans(choices)
     if kind != 0:
         _add_regions(choices, columns)
+    columns["extents"] = _extents(choices)
     for _ in range(choices.number(0, 3)):
         _disturb(choices, columns)
     inputs = [bytes(choices.take(64) or b"\x3f\x80") * _INPUT for _ in range(2)]
@@ -99,6 +101,18 @@ def _spans(choices: Choices) -> tuple[Any, Any]:
             files = choices.pick(((0, 1), (1, -1), (-1, 0), (1, 1)))
             terms.append((alpha, choices.number(0, 300), choices.number(0, 300), *files, post.code, base.code, b""))
     return np.array(spans, SPAN), np.array(terms, TERM)
+
+
+def _extents(choices: Choices) -> Any:
+    """Tensors whose checksums are wanted, one after the other in both outputs."""
+    rows = []
+    for file in (0, 1):
+        at = 0
+        for _ in range(choices.number(0, 3)):
+            begin = at + choices.pick((0, 0, 1, 100))
+            at = begin + choices.pick((64, 0, 1, 500, _OUTPUT - 601))
+            rows.append((begin, at, file, choices.number(0, 1)))
+    return np.array(rows, EXTENT)
 
 
 def _add_regions(choices: Choices, columns: dict[str, Any]) -> None:
