@@ -92,16 +92,19 @@ def _write(folder: Path, values: np.ndarray) -> Path:
 @pytest.mark.parametrize("cold", [True, False], ids=["cold", "hot"])
 def test_the_page_cache_is_left_as_it_was_found(disk: Path, large: dict[str, Path], io: str, cold: bool) -> None:
     files = [folder / "model.safetensors" for folder in large.values()]
-    for file in files:
-        file.read_bytes()
-        if cold:
-            forget(file)
-    before = [cached(file) for file in files]
-    if cold and any(before):
-        pytest.skip("this file system does not let go of what it has cached")
-    report = paramdelta.merge(**large, out=disk / io, io=io)
-    after = [cached(file) for file in files]
     size = files[0].stat().st_size
+    for attempt in range(4):  # the kernel may reclaim pages of its own accord at any time, but not four times
+        for file in files:
+            file.read_bytes()
+            if cold:
+                forget(file)
+        before = [cached(file) for file in files]
+        if cold and any(before):
+            pytest.skip("this file system does not let go of what it has cached")
+        report = paramdelta.merge(**large, out=disk / io, io=io, overwrite=attempt > 0)
+        after = [cached(file) for file in files]
+        if cold or after == before:
+            break
     assert all(found <= 0.02 * size if cold else found == was for found, was in zip(after, before, strict=True))
     out = disk / io / "model.safetensors"
     assert cached(out) <= 0.05 * size
