@@ -48,13 +48,16 @@ def read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str,
 def _content(path: Path) -> bytes:
     """Return what a file holds, once it is known to be a file and not too large."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
-    with open(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _Refused("is not a regular file")
         if status.st_size > MAX_BYTES:
             raise _Refused(f"holds {status.st_size:,} bytes; the most allowed is {MAX_BYTES:,}")
-        return file.read(MAX_BYTES)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES)
+    finally:
+        os.close(fd)
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
