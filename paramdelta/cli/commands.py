@@ -17,6 +17,8 @@ Examples
   paramdelta merge --post Llama-3-8B-Instruct --base Llama-3-8B \\
                    --new-base Llama-3.1-8B --out merged
   paramdelta merge ... --alpha 0.7 --alpha 'lm_head*=0'
+  paramdelta merge --post Chat --base Base --post Maths --base Base \\
+                   --alpha 1:0.8 --alpha 2:0.5 --new-base Base-v2 --out mixed
   paramdelta plan ...      the same, but only say what would happen
 \b
 Exit codes
