@@ -26,7 +26,7 @@ from paramdelta.plan.choice import Stored, choose
 from paramdelta.plan.config import MergedConfig, merge_config, structure_warnings
 from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.layout import Layout, Tables, lay_out
-from paramdelta.plan.naming import Names, renamed
+from paramdelta.plan.naming import Names, rename_all
 from paramdelta.plan.pairing import Kind, Pairing
 from paramdelta.plan.quantising import (
     HF_QUANT_CONFIG,
@@ -231,8 +231,7 @@ def make_plan(
     quantisations, quantised_wrong = recognise_all(request, opened)
     if quantised_wrong:  # names would not pair, for a reason already given
         raise PlanError([*wrong, *quantised_wrong])
-    found = zip(checkpoints.items(), quantisations, strict=True)
-    names = {role: renamed(c, q, request.renames(role), wrong) for (role, c), q in found}
+    names = rename_all(request, checkpoints, quantisations, wrong)
     p, b, n = (names[role] for role in ("post", "base", "new_base"))
     pairing = pair_all(request, names, wrong)
     stored = choose(request, pairing, p, b, n, wrong)

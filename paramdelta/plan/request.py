@@ -106,8 +106,9 @@ class MergeRequest:
 
         ``alpha`` is a number, or a mapping of globs to numbers, the last match winning; ``alphas`` are rules as on the
         command line (``0.7``, ``GLOB=0.7``), added after it. For several deltas ``post`` and ``base`` are lists, and
-        ``alpha`` may be one; rules for one of them begin with its number (``2:0.7``, ``2:GLOB=0.7``). Renames are ``REGEX=REPLACEMENT`` or pairs. Sizes are
-        numbers of bytes or strings such as ``5GB`` (10⁹) and ``5GiB`` (2³⁰). Raises PlanError with all complaints.
+        ``alpha`` may be one; rules for one of them begin with its number (``2:0.7``, ``2:GLOB=0.7``). Renames are
+        ``REGEX=REPLACEMENT`` or pairs. Sizes are numbers of bytes or strings such as ``5GB`` (10⁹) and ``5GiB`` (2³⁰).
+        Raises PlanError with all complaints.
         """
         wrong: list[Complaint] = []
         first, *more = read_sources(post, base, alpha, _strings(alphas), wrong)
