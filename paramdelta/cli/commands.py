@@ -99,6 +99,8 @@ def merge(
 ) -> None:
     """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated.
 
+    Several deltas are added in one pass where --post and --base are given several times, in the same order.
+
     Several processes can share the work: under torchrun, which also publishes, or as tasks of a scheduler, after which
     `paramdelta finalize` publishes.
     """
