@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from plan_folders import Tensors, carry_out, complaint, llama, plan, same, values, write
+from quantised_folders import folder_of
 
 import paramdelta
 from paramdelta.errors import PlanError
@@ -229,3 +230,25 @@ def test_cuts_are_refined() -> None:
         ]
         assert {p.post.row for p in pieces} == {row}
     assert refined([halves, [_piece(0, 1, 8, transposed=True)]]) is None
+
+
+def test_a_vocabulary_that_one_delta_extends_and_another_quantises(tmp_path: Path) -> None:
+    """Each delta alone could be added; rows of what shares scales cannot be."""
+    norm: dict[str, Any] = {"model.norm.weight": ("BF16", (8,))}
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    heads: dict[str, dict[str, Any]] = {
+        "quantised": {HEAD: ("F8_E4M3", (64, 256)), f"{HEAD}_scale_inv": ("F32", (1, 2))},
+        "longer": {HEAD: ("BF16", (96, 256))},
+        "new_base": {HEAD: ("BF16", (64, 256))},
+    }
+    for name, head in heads.items():
+        (tmp_path / name).mkdir()
+        whole: dict[str, Any] = {"model_type": "toy", "tie_word_embeddings": False}
+        folder_of(tmp_path / name, norm | head, whole | ({"quantization_config": config} if len(head) > 1 else {}))
+    quantised, longer, new_base = (tmp_path / name for name in heads)
+    for folder in (quantised, longer):
+        assert plan({"post": folder, "base": folder, "new_base": new_base}, vocab="extend").names
+    for pair in ([quantised, longer], [longer, quantised]):
+        text = complaint({"post": pair, "base": pair, "new_base": new_base}, vocab="extend")  # type: ignore[dict-item]
+        assert "rows of quantised tensors cannot be added one by one" in text
+        assert HEAD in text
