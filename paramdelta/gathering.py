@@ -170,12 +170,13 @@ def _named(numbers: list[int]) -> str:
 def _plan(target: Path, control: Path, world: int, ranks: list[Finished], allowed: dict[str, Any]) -> Plan:
     """Plan the merge again as the ranks did; raise InputError where anything differs from what they noted."""
     from paramdelta.plan import make_request
+    from paramdelta.plan.deltas import folder_options
 
     lines, _ = read_lines(control / rank_name(0, world))
     sources = dict(ranks[0].sources or {})
     folders, checksums = sources.pop("folders"), sources.pop("checksums")
     given = {name: value for name, value in allowed.items() if value not in (None, False)}
-    plan = prepare(make_request(**folders, out=target, **lines[0]["request"], **{**sources, **given}))
+    plan = prepare(make_request(**folder_options(folders), out=target, **lines[0]["request"], **{**sources, **given}))
     who = identity(plan, ranks=world)
     for number in range(world):
         check_same(

@@ -55,8 +55,8 @@ def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
         "paramdelta": paramdelta.__version__,
         "request": plan.request.to_dict(),
         "inputs": {
-            checkpoint.role: {file.name: _fingerprint(checkpoint, i) for i, file in enumerate(checkpoint.files)}
-            for checkpoint in (plan.post, plan.base, plan.new_base)
+            role: {file.name: _fingerprint(checkpoint, i) for i, file in enumerate(checkpoint.files)}
+            for role, checkpoint in plan.checkpoints.items()
         },
         "plan": _digest(plan),
     }

@@ -209,7 +209,7 @@ def sources_of(plan: Plan) -> dict[str, Any]:
     """Return what whoever publishes needs to know beside the request: where the inputs lie, and what is allowed."""
     request = plan.request
     return {
-        "folders": {role: os.path.abspath(request.folder(role)) for role in ("post", "base", "new_base")},
+        "folders": {role: os.path.abspath(folder) for role, folder in request.folders.items()},
         "allow_nonfinite": request.allow_nonfinite,
         "max_quant_error": request.max_quant_error,
         "overwrite": request.overwrite,

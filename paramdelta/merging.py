@@ -20,6 +20,7 @@ from paramdelta.report import MergeReport, NonFinite, Quantised
 
 if TYPE_CHECKING:
     from paramdelta.plan import MergeRequest, Plan
+    from paramdelta.plan.deltas import Folders
 
 # A merge that fills the last byte of a file system leaves no room for its own metadata.
 _SPARE_BYTES = 16 << 20
@@ -29,8 +30,8 @@ _PUT_BACK = "{}: a merge was cut short while it replaced this folder, which is t
 
 def merge(
     *,
-    post: str | Path,
-    base: str | Path,
+    post: Folders,
+    base: Folders,
     new_base: str | Path,
     out: str | Path,
     threads: int | None = None,
@@ -42,14 +43,16 @@ def merge(
     on_progress: Callable[[int, int], None] | None = None,
     **policies: Any,
 ) -> MergeReport:
-    """Write ``new_base + alpha · (post − base)`` as a checkpoint folder.
+    """Write ``new_base + Σ alpha_k · (post_k − base_k)`` as a checkpoint folder.
 
     Every tensor is computed as in :mod:`paramdelta.reference`: differences, products and sums in binary64, one
     rounding to the output type. The folder appears whole or not at all.
 
     Parameters
     ----------
-    post, base, new_base : folders of safetensors checkpoints (one file, or shards with an index)
+    post, base, new_base : folders of safetensors checkpoints (one file, or shards with an index). Of several deltas
+        ``post`` and ``base`` are lists of the same length; they are added in this order, and all but the weights
+        (tokenizer, config, chat template) is as with the first alone
     out : the folder to write; must not exist unless ``overwrite``
     threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
     restart : discard what an earlier run, cut short, has left of a merge to ``out``; by default the same merge is

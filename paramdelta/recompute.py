@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -182,38 +182,45 @@ class Recomputed:
         return [self.plan.names_by_role[role].weights.get(row) for role, row in self.sources(member)]
 
     def sources(self, member: Member) -> list[tuple[str, int]]:
-        """Return (role, row) of what a matrix is made of: what acc starts from, then post and base."""
+        """Return (role, row) of what a matrix is made of: what acc starts from, then post and base of every delta."""
         pairing, i = self.plan.pairing, member.i
         if pairing.kinds[i] == Kind.FROM_POST:
             return [("post", pairing.post[i])]
-        first = [("new_base", pairing.new_base[i])]
-        if pairing.kinds[i] == Kind.FROM_NEW_BASE or pairing.alphas[i] == 0.0:
-            return first
-        return [*first, ("post", pairing.post[i]), ("base", pairing.base[i])]
+        found = [("new_base", pairing.new_base[i])]
+        for delta in pairing.deltas(i):
+            found += [(delta.post_role, delta.post), (delta.base_role, delta.base)]
+        return found
 
     def operands(self, member: Member, window: Window) -> tuple[reference.Scaled, list[reference.ScaledTerm]]:
-        """Return new_base (or what else acc starts from) and the term, where there is one."""
-        first, *pair = self.sources(member)
+        """Return new_base (or what else acc starts from) and the terms."""
+        first = self.sources(member)[0]
         pieces = self.plan.pairing.bridges.get(member.i)
         if pieces and pieces[0].new_base is not None:
-            start = self.assembled(first[0], member, window)
+            from_post = first[0] == "post"
+            start = self.assembled(first[0], [p.post if from_post else p.new_base for p in pieces], member, window)
         else:
             start = self.operand(*first, member, window)
-        if not pair:
-            return start, []
-        if pieces:
-            post, base = (self.assembled(role, member, window) for role in ("post", "base"))
-        else:
-            post, base = (self.operand(role, row, member, window) for role, row in pair)
-        return start, [reference.ScaledTerm(post, base, self.plan.pairing.alphas[member.i])]
+        terms = []
+        for d in self.plan.pairing.deltas(member.i):
+            if pieces:
+                at = [piece.pair(d.number) for piece in pieces]
+                post = self.assembled(d.post_role, [in_post for in_post, _ in at], member, window)
+                base = self.assembled(d.base_role, [in_base for _, in_base in at], member, window)
+            else:
+                post = self.operand(d.post_role, d.post, member, window)
+                base = self.operand(d.base_role, d.base, member, window)
+            terms.append(reference.ScaledTerm(post, base, d.alpha))
+        return start, terms
 
-    def assembled(self, role: str, member: Member, window: Window) -> reference.Scaled:
-        """Return a window of an operand whose parts are stored otherwise: its values, put where new_base has them."""
+    def assembled(self, role: str, places: Sequence[Slice | None], member: Member, window: Window) -> reference.Scaled:
+        """Return a window of an operand whose parts lie elsewhere, each in the place given for a piece: its values, put
+        where new_base has them."""
         whole = np.zeros((member.rows, member.cols))
-        for piece in self.plan.pairing.bridges[member.i]:
+        for piece, there in zip(self.plan.pairing.bridges[member.i], places, strict=True):
             if piece.out.matrix != member.e:
                 continue
-            values = self.part(role, getattr(piece, role))
+            assert there is not None
+            values = self.part(role, there)
             out = piece.out
             place = slice(out.first, out.first + out.rows * out.step, out.step)
             if out.transposed:

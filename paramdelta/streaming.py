@@ -17,14 +17,15 @@ from paramdelta.plan.work import Work
 
 if TYPE_CHECKING:
     from paramdelta.plan import Plan
+    from paramdelta.plan.deltas import Folders
 
 BATCH_BYTES = 128 << 20
 Column = np.ndarray[Any, Any]
 
 
 def stream(
-    post: str | Path,
-    base: str | Path,
+    post: Folders,
+    base: Folders,
     new_base: str | Path,
     *,
     framework: Literal["np", "pt"] = "np",
@@ -42,7 +43,7 @@ def stream(
 
     Parameters
     ----------
-    post, base, new_base : checkpoint folders
+    post, base, new_base : checkpoint folders; lists of post and base for several deltas
     framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch CPU tensors
     threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`
     **policies : as in :func:`paramdelta.merge`, except ``overwrite``

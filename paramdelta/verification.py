@@ -22,6 +22,7 @@ from paramdelta.engine import EngineOptions
 from paramdelta.errors import CheckpointError, Complaint, InputError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan import Kind, MergeRequest, Plan, make_request
+from paramdelta.plan.deltas import Folders
 from paramdelta.plan.outputs import Making
 from paramdelta.plan.pairing import NONE
 from paramdelta.plan.sidefiles import RECORD, with_checksums
@@ -54,8 +55,8 @@ class VerifyReport:
 def verify(
     out: str | Path,
     *,
-    post: str | Path | None = None,
-    base: str | Path | None = None,
+    post: Folders | None = None,
+    base: Folders | None = None,
     new_base: str | Path | None = None,
     everything: bool = False,
     threads: int | None = None,
@@ -69,7 +70,8 @@ def verify(
     Without them, the files, their sizes, names, types and shapes, and the CRC-32 of every tensor must be those that the
     merge recorded. With them, names, types, shapes, the index and the side files must be those the recorded request
     gives; the values of every tensor, or of rows spread over it unless ``everything``, must be bit-equal to the
-    reference; and checksums are compared where the record has any. ``threads``, ``memory``, ``isa`` and ``io`` say how
+    reference; and checksums are compared where the record has any. Of a merge of several deltas ``post`` and ``base``
+    are lists, in the order of the merge. ``threads``, ``memory``, ``isa`` and ``io`` say how
     tensors are read for their checksums (:class:`paramdelta.engine.EngineOptions`); ``on_progress(bytes_read, 0)`` is
     called about ten times a second meanwhile.
 
@@ -144,7 +146,7 @@ def _against_sources(out: Path, plan: Plan, found: integrity.Recorded | None, *,
     )
 
 
-def recorded_request(out: Path, post: str | Path, base: str | Path, new_base: str | Path) -> MergeRequest:
+def recorded_request(out: Path, post: Folders, base: Folders, new_base: str | Path) -> MergeRequest:
     """Return the request that a merged folder records, for these sources. Raises InputError."""
     path, document = out / RECORD, integrity.read_record(out)
     try:
@@ -293,15 +295,14 @@ def _expected(plan: Plan, tensor: int, readers: Readers, first: int, last: int) 
     width = int(np.prod(plan.shape_of(tensor)[1:])) if plan.shape_of(tensor) else 1
     size = (last - first) * width
     new, _ = _operand(readers, plan.new_base, row, first, last, size)
-    if pairing.alphas[i] == 0.0:
-        return reference.merge(new, [], dtype, size).codes
-    post, in_post = _operand(readers, plan.post, pairing.post[i], first, last, size)
-    base, _ = _operand(readers, plan.base, pairing.base[i], first, last, size)
-    if not in_post.any():
-        return reference.merge(new, [], dtype, size).codes
-    merged = reference.merge(new, [reference.Term(post, base, pairing.alphas[i])], dtype, size).codes
-    untouched = reference.merge(new, [], dtype, size).codes
-    return np.where(in_post, merged, untouched)
+    terms = []
+    for delta in pairing.deltas(i):
+        post, in_post = _operand(readers, plan.checkpoints[delta.post_role], delta.post, first, last, size)
+        base, _ = _operand(readers, plan.checkpoints[delta.base_role], delta.base, first, last, size)
+        assert base.codes is not None
+        base.codes[~in_post] = 0  # what post lacks has no delta
+        terms.append(reference.Term(post, base, delta.alpha))
+    return reference.merge(new, terms, dtype, size).codes
 
 
 def _operand(

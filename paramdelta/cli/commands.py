@@ -17,6 +17,8 @@ Examples
   paramdelta merge --post Llama-3-8B-Instruct --base Llama-3-8B \\
                    --new-base Llama-3.1-8B --out merged
   paramdelta merge ... --alpha 0.7 --alpha 'lm_head*=0'
+  paramdelta merge --post Chat --base Base --post Maths --base Base \\
+                   --alpha 1:0.8 --alpha 2:0.5 --new-base Base-v2 --out mixed
   paramdelta plan ...      the same, but only say what would happen
 \b
 Exit codes
@@ -96,6 +98,8 @@ def merge(
     **request: Any,
 ) -> None:
     """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated.
+
+    Several deltas are added in one pass where --post and --base are given several times, in the same order.
 
     Several processes can share the work: under torchrun, which also publishes, or as tasks of a scheduler, after which
     `paramdelta finalize` publishes.

@@ -19,16 +19,35 @@ def _apply(function: F, options: list[Callable[[F], F]]) -> F:
     return function
 
 
+def _one_or_several(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> str | list[str] | None:
+    """Return one folder as it is, several as a list."""
+    return list(value) if len(value) > 1 else next(iter(value), None)
+
+
 def inputs(*, required: bool) -> Callable[[F], F]:
-    """Add ``--post``, ``--base`` and ``--new-base``."""
+    """Add ``--post``, ``--base`` and ``--new-base``. The first two are lists where they are given more than once."""
 
     def wrap(function: F) -> F:
         return _apply(
             function,
             [
-                click.option("--post", required=required, type=FOLDER, metavar="DIR", help="The post-trained model."),
                 click.option(
-                    "--base", required=required, type=FOLDER, metavar="DIR", help="The base it was trained from."
+                    "--post",
+                    required=required,
+                    multiple=True,
+                    callback=_one_or_several,
+                    type=FOLDER,
+                    metavar="DIR",
+                    help="The post-trained model. Give --post and --base once for each delta to add.",
+                ),
+                click.option(
+                    "--base",
+                    required=required,
+                    multiple=True,
+                    callback=_one_or_several,
+                    type=FOLDER,
+                    metavar="DIR",
+                    help="The base it was trained from.",
                 ),
                 click.option(
                     "--new-base",
@@ -52,8 +71,9 @@ def policies(function: F) -> F:
                 "--alpha",
                 "alphas",
                 multiple=True,
-                metavar="A | GLOB=A",
-                help="Scale of the delta (default 1); GLOB=A for the tensors whose names match, the last match wins.",
+                metavar="[N:]A | [N:]GLOB=A",
+                help="Scale of the delta (default 1); GLOB=A for the tensors whose names match, the last match wins. "
+                "Of several deltas, N: is for the Nth alone.",
             ),
             click.option(
                 "--dtype",

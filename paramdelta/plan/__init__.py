@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,10 +23,11 @@ from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, PlanError
 from paramdelta.formats import Format
 from paramdelta.plan.choice import Stored, choose
-from paramdelta.plan.config import MergedConfig, merge_config
+from paramdelta.plan.config import MergedConfig, merge_config, structure_warnings
+from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.layout import Layout, Tables, lay_out
-from paramdelta.plan.naming import Names, renamed
-from paramdelta.plan.pairing import Kind, Pairing, pair
+from paramdelta.plan.naming import Names, rename_all
+from paramdelta.plan.pairing import Kind, Pairing
 from paramdelta.plan.quantising import (
     HF_QUANT_CONFIG,
     QuantConfig,
@@ -33,7 +35,8 @@ from paramdelta.plan.quantising import (
     choose_statistics,
     recognise_all,
 )
-from paramdelta.plan.request import ROLES, MergeRequest
+from paramdelta.plan.request import MergeRequest
+from paramdelta.plan.several import pair_all
 from paramdelta.plan.sidefiles import CARD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
 from paramdelta.plan.turning import turn_stacks
@@ -47,14 +50,11 @@ class Plan:
     """A merge, ready to run. Tensors are numbered in the order of the output files.
 
     ``work`` fills the output files; ``index`` and ``side_files`` are the rest of the folder. ``policies`` is the
-    JSON-ready summary of what happens to which tensors. ``integer_pairs`` are integer tensors (name, row in post,
-    row in base) whose data a merge compares before it starts.
+    JSON-ready summary of what happens to which tensors.
     """
 
     request: MergeRequest
-    post: Checkpoint
-    base: Checkpoint
-    new_base: Checkpoint
+    checkpoints: dict[str, Checkpoint]  # by role: post, base, new_base, post_2, base_2 and so on
     names_by_role: dict[str, Names]
     pairing: Pairing
     stored: Stored
@@ -62,6 +62,16 @@ class Plan:
     side_files: tuple[SideFile, ...]
     policies: dict[str, Any]
     warnings: tuple[str, ...]
+
+    @property
+    def post(self) -> Checkpoint:
+        """post of the first delta."""
+        return self.checkpoints["post"]
+
+    @property
+    def new_base(self) -> Checkpoint:
+        """The checkpoint that deltas are added to."""
+        return self.checkpoints["new_base"]
 
     @property
     def work(self) -> Work:
@@ -75,7 +85,8 @@ class Plan:
 
     @property
     def integer_pairs(self) -> list[tuple[str, int, int]]:
-        """Integer tensors as (name, row in post, row in base)."""
+        """Integer tensors of the first delta as (name, row in post, row in base): a merge compares their data before it
+        starts."""
         return self.pairing.integers
 
     @cached_property
@@ -146,7 +157,7 @@ class Plan:
 
     def check_inputs(self) -> None:
         """Raise StorageError where a shard of an input is not what it was when its header was read."""
-        check_unchanged((f.path, f.signature) for c in (self.post, self.base, self.new_base) for f in c.files)
+        check_unchanged((f.path, f.signature) for c in self.checkpoints.values() for f in c.files)
 
     @contextlib.contextmanager
     def watched_inputs(self) -> Iterator[None]:
@@ -186,46 +197,50 @@ def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
     else:
         if not found:
             return request
-    folders = {key: options[key] for key in (*ROLES, "out", "overwrite") if key in options}
+    folders = {key: options[key] for key in ("post", "base", "new_base", "out", "overwrite") if key in options}
     try:
         open_all(MergeRequest.build(**folders))
     except PlanError as error:
-        found += error.complaints
+        found += [c for c in error.complaints if c not in found]
     raise PlanError(found)
 
 
-def open_all(request: MergeRequest) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
-    """Open post, base and new_base. Where one cannot be opened, raise PlanError with the complaints about all three and
-    about the output folder."""
+def open_all(request: MergeRequest) -> tuple[Checkpoint, ...]:
+    """Open post, base, new_base, and post and base of further deltas. Where one cannot be opened, raise PlanError with
+    the complaints about all of them and about the output folder."""
     wrong: list[Complaint] = []
     opened: list[Checkpoint] = []
-    for role in ROLES:
+    for role, folder in request.folders.items():
         try:
-            opened.append(open_checkpoint(request.folder(role), role=role))
+            opened.append(open_checkpoint(folder, role=re.sub(r"_\d+$", "", role)))
         except CheckpointError as error:
             wrong += error.complaints
     if wrong:
         raise PlanError([*check_target(request), *wrong, *recognise_all(request, opened)[1]])
-    post, base, new_base = opened
-    return post, base, new_base
+    return tuple(opened)
 
 
-def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> Plan:
-    """Plan a merge from three open checkpoints. Raises PlanError with every complaint there is."""
-    wrong = check_target(request) + check_links(request, (post, base, new_base))
-    quantisations, quantised_wrong = recognise_all(request, (post, base, new_base))
+def make_plan(
+    request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint, *more: Checkpoint
+) -> Plan:
+    """Plan a merge from open checkpoints, ``more`` being post and base of each further delta. Raises PlanError with
+    every complaint there is."""
+    opened = (post, base, new_base, *more)
+    checkpoints = dict(zip(request.folders, opened, strict=True))
+    wrong = check_target(request) + check_links(request, opened)
+    quantisations, quantised_wrong = recognise_all(request, opened)
     if quantised_wrong:  # names would not pair, for a reason already given
         raise PlanError([*wrong, *quantised_wrong])
-    p, b, n = (renamed(c, quantisations[c.role], request.renames(c.role), wrong) for c in (post, base, new_base))
-    names = {"post": p, "base": b, "new_base": n}
-    pairing = pair(request, p, b, n, wrong)
+    names = rename_all(request, checkpoints, quantisations, wrong)
+    p, b, n = (names[role] for role in ("post", "base", "new_base"))
+    pairing = pair_all(request, names, wrong)
     stored = choose(request, pairing, p, b, n, wrong)
     turn_stacks(pairing, stored.formats, names)
     statistics = choose_statistics(request, pairing, stored, names, wrong)
     quant_config = choose_config(request, pairing, stored, names, statistics, wrong)
     if wrong:
         raise PlanError(wrong)
-    layout = lay_out(request, pairing, stored, Tables(p, b, n), statistics)
+    layout = lay_out(request, pairing, stored, Tables(names), statistics)
     config = merge_config(
         post,
         base,
@@ -234,30 +249,36 @@ def make_plan(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_bas
         dtype=request.dtype,
         quant_config=quant_config,
     )
-    carried, left_out = carried_files(post, base, new_base)
+    carried, left_out = carried_files(checkpoints)
     policies = _policies(pairing, config, left_out, stored)
     made = [
-        SideFile(name=CARD, source=None, data=model_card(request, post, base, new_base), origin="made"),
-        SideFile(name=RECORD, source=None, data=record(request, (post, base, new_base), policies), origin="made"),
+        SideFile(name=CARD, source=None, data=model_card(request, checkpoints), origin="made"),
+        SideFile(name=RECORD, source=None, data=record(request, checkpoints, policies), origin="made"),
     ]
     if config.data is not None:
         made.append(SideFile(name="config.json", source=None, data=config.data, origin="new_base"))
     made += _quant_file(quant_config, new_base)
     left_out = [name for name in left_out if name != HF_QUANT_CONFIG]
-    notes = [note for c in (post, base, new_base) for note in c.notes]
+    notes = [note for c in opened for note in c.notes]
     return Plan(
         request=request,
-        post=post,
-        base=base,
-        new_base=new_base,
+        checkpoints=checkpoints,
         names_by_role=names,
         pairing=pairing,
         stored=stored,
         layout=layout,
         side_files=(*carried, *made),
         policies=policies,
-        warnings=(*config.warnings, *stored.notes, *notes),
+        warnings=(*config.warnings, *_other_structures(checkpoints), *stored.notes, *notes),
     )
+
+
+def _other_structures(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
+    """Yield warnings about fields of structure in which post of a delta after the first differs from its base."""
+    for number in range(1, (len(checkpoints) - 1) // 2):
+        post, base = (checkpoints[role] for role in roles_of(number))
+        for warning in structure_warnings(post, base, checkpoints["new_base"]):
+            yield f"delta {number + 1}: {warning}"
 
 
 def _quant_file(quant_config: QuantConfig, new_base: Checkpoint) -> list[SideFile]:

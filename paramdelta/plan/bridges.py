@@ -53,12 +53,17 @@ class Slice(NamedTuple):
 
 class Piece(NamedTuple):
     """A part of an output tensor, and where post and base hold it; and new_base, where it does not lie there as in the
-    output."""
+    output. ``more`` are post and base of further deltas."""
 
     out: Slice
     post: Slice
     base: Slice
     new_base: Slice | None = None
+    more: tuple[tuple[Slice, Slice], ...] = ()
+
+    def pair(self, number: int) -> tuple[Slice, Slice]:
+        """Return where post and base of a delta hold the part."""
+        return self.more[number - 1] if number else (self.post, self.base)
 
 
 class Ambiguous(Exception):  # noqa: N818  (it never leaves the planner)
@@ -191,7 +196,8 @@ def bridge(out: Structure, row: int, post: Structure, base: Structure) -> list[P
             found = [structure.find(wanted, shapes) for structure in (out, post, base)]
             if any(piece is None for piece in found):
                 return None
-            pieces.append(Piece(*[piece for piece in found if piece is not None]))
+            held, in_post, in_base = (piece for piece in found if piece is not None)
+            pieces.append(Piece(held, in_post, in_base))
     return pieces
 
 
@@ -257,21 +263,14 @@ def turned(out: Structure, row: int, post: tuple[Structure, int], base: tuple[St
         return None
     rows, cols = (shape[2], shape[1]) if lying[0] else (shape[1], shape[2])
     parts = 2 if halves else 1
+
+    def part_of(member: int, e: int, part: int) -> Slice:
+        split = mixed[member] and halves
+        first = part if split else part * (rows // parts)
+        return Slice(members[member][1], e, first, 2 if split else 1, rows // parts, cols, lying[member])
+
     return [
-        Piece(
-            *[
-                Slice(
-                    at,
-                    e,
-                    part if mix and halves else part * (rows // parts),
-                    2 if mix and halves else 1,
-                    rows // parts,
-                    cols,
-                    t,
-                )
-                for (_, at), t, mix in zip(members, lying, mixed, strict=True)
-            ]
-        )
+        Piece(part_of(0, e, part), part_of(1, e, part), part_of(2, e, part))
         for e in range(shape[0])
         for part in range(parts)
     ]

@@ -89,6 +89,17 @@ def merge_config(
     return MergedConfig(data=data, taken=tuple(taken), moved=tuple(moved), warnings=tuple(warnings))
 
 
+def structure_warnings(post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> list[str]:
+    """Return warnings about fields of structure in which post differs from base, whatever is done about its use."""
+    warnings: list[str] = []
+    p, b, n = (
+        _aligned({k: v for k, v in c.config.items() if k not in USE_FIELDS}, new_base.config)
+        for c in (post, base, new_base)
+    )
+    _merge_level(p, b, n, copy.deepcopy(n), "", [], [], warnings)
+    return warnings
+
+
 def _bytes_of(path: Path, merged: dict[str, Any], original: dict[str, Any]) -> bytes:
     if merged == original:
         with storage_errors(path, "cannot be read"):

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from paramdelta.checkpoint.header import format_header
 from paramdelta.dtypes import BY_NAME, DTYPES, DType
 from paramdelta.errors import PlanError
 from paramdelta.plan.choice import Stored
+from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.naming import Names
 from paramdelta.plan.outputs import Making, Outputs, make_outputs
 from paramdelta.plan.pairing import NONE, Kind, Pairing
@@ -35,24 +37,24 @@ Column = NDArray[Any]
 
 @dataclass(frozen=True)
 class Tables:
-    """The three checkpoints' weights by name, and where their files begin in the common list of input files."""
+    """The checkpoints' weights by role, and where their files begin in the common list of input files."""
 
-    post: Names
-    base: Names
-    new_base: Names
+    by_role: dict[str, Names]
 
-    def by_role(self) -> dict[str, Names]:
-        """Return the three by role, in the order of their files."""
-        return {"post": self.post, "base": self.base, "new_base": self.new_base}
+    @property
+    def new_base(self) -> Names:
+        """new_base's weights."""
+        return self.by_role["new_base"]
 
     def inputs(self) -> tuple[Path, ...]:
-        """Return all input files: post's, base's, new_base's."""
-        return tuple(f.path for names in self.by_role().values() for f in names.checkpoint.files)
+        """Return all input files, in the order of the roles: post's, base's, new_base's, those of further deltas."""
+        return tuple(f.path for names in self.by_role.values() for f in names.checkpoint.files)
 
+    @cached_property
     def first_files(self) -> dict[str, int]:
-        """Return the number of each role's first file."""
-        counts = [len(names.checkpoint.files) for names in self.by_role().values()]
-        return dict(zip(self.by_role(), [0, counts[0], counts[0] + counts[1]], strict=True))
+        """The number of each role's first file."""
+        counts = [len(names.checkpoint.files) for names in self.by_role.values()]
+        return dict(zip(self.by_role, itertools.accumulate(counts, initial=0), strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def lay_out(
     request: MergeRequest, pairing: Pairing, stored: Stored, tables: Tables, statistics: list[tuple[str, int]]
 ) -> Layout:
     """Lay out the output of a pairing. Raises CheckpointError where a header would break the format's limits."""
-    outputs = make_outputs(pairing, stored, tables.by_role(), statistics)
+    outputs = make_outputs(pairing, stored, tables.by_role, statistics)
     dtypes = np.array(outputs.dtypes, np.uint8)
     elements, nbytes = outputs.elements(), outputs.nbytes()
     files, order, file_names = _assign(request, outputs, tables, nbytes)
@@ -85,9 +87,9 @@ def lay_out(
         pairing,
         outputs,
         stored.formats,
-        tables.by_role(),
+        tables.by_role,
         Places(order, files, offsets),
-        tables.first_files(),
+        tables.first_files,
         len(inputs),
         keep=request.scale_policy == "keep",
     )
@@ -240,7 +242,11 @@ def _spans(
     rows["new_base"] = np.where(copied & ~from_donor_post, source, rows["new_base"])
     kinds = np.where(copied, np.where(from_donor_post, Kind.FROM_POST, Kind.FROM_NEW_BASE), kinds)
     from_post = kinds == Kind.FROM_POST
-    merged = (kinds == Kind.MERGED) & (alphas != 0.0) & (making == Making.SPANS)
+    scales = [alphas, *(of_pairing(further.alphas, np.float64) for further in pairing.more)]
+    plain = (kinds == Kind.MERGED) & (making == Making.SPANS)
+    added = np.array([plain & (scale != 0.0) for scale in scales])  # [delta, tensor]
+    counts = added.sum(axis=0)
+    merged = counts > 0
 
     spans = np.zeros(len(order), SPAN)
     spans["tensor"] = np.arange(len(order))
@@ -259,12 +265,18 @@ def _spans(
     for column in ("out_dtype", "new_dtype"):
         spans[column] = np.where(raw, _RAW, spans[column])
 
-    terms = np.zeros(int(merged.sum()), TERM)
-    terms["alpha"] = alphas[merged]
-    _place(terms, "post", tables, "post", rows["post"][merged])
-    _place(terms, "base", tables, "base", rows["base"][merged])
-    spans["n_terms"] = merged
-    spans["first_term"] = np.where(merged, np.cumsum(merged) - 1, 0)
+    terms = np.zeros(int(counts.sum()), TERM)
+    spans["n_terms"] = counts
+    spans["first_term"] = np.where(merged, np.cumsum(counts) - counts, 0)
+    places = spans["first_term"] + np.cumsum(added, axis=0) - added  # of each delta's term
+    for number, (mine, scale) in enumerate(zip(added, scales, strict=True)):
+        own = np.zeros(int(mine.sum()), TERM)
+        own["alpha"] = scale[mine]
+        further = pairing.more[number - 1] if number else pairing
+        post_role, base_role = roles_of(number)
+        _place(own, "post", tables, post_role, of_pairing(further.post, np.int64)[mine])
+        _place(own, "base", tables, base_role, of_pairing(further.base, np.int64)[mine])
+        terms[places[number][mine]] = own
 
     spans = spans[(making == Making.SPANS) | copied]
     extended = np.flatnonzero(kinds[spans["tensor"]] == Kind.EXTENDED)
@@ -275,8 +287,8 @@ def _spans(
 
 def _place(target: Column, prefix: str, tables: Tables, role: str, rows: Column) -> Column:
     """Fill the file, offset and dtype columns ``prefix_*`` with where ``rows`` of a role's table lie."""
-    table = tables.by_role()[role].checkpoint.tensors
-    target[f"{prefix}_file"] = _take(table.file, rows) + tables.first_files()[role]
+    table = tables.by_role[role].checkpoint.tensors
+    target[f"{prefix}_file"] = _take(table.file, rows) + tables.first_files[role]
     target[f"{prefix}_offset"] = _take(table.offset, rows)
     dtype = _take(table.dtype, rows)
     target[f"{prefix}_dtype"] = dtype
@@ -286,14 +298,17 @@ def _place(target: Column, prefix: str, tables: Tables, role: str, rows: Column)
 def _with_extended(
     spans: Column, terms: Column, pairing: Pairing, tables: Tables, logical: Column, extended: Column
 ) -> tuple[Column, Column]:
-    """Replace the spans of tensors whose vocabularies differ by one span per run of rows that the same of the three
+    """Replace the spans of tensors whose vocabularies differ by one span per run of rows that the same checkpoints
     have: what post lacks has no delta, what base or new_base lack counts as zeros."""
     extra_spans: list[Any] = []
     extra_terms: list[Any] = []
     for at in extended.tolist():
         i = int(logical[spans["tensor"][at]])
-        rows = {"post": pairing.post[i], "base": pairing.base[i], "new_base": pairing.new_base[i]}
-        checkpoints = {role: tables.by_role()[role].checkpoint.tensors for role in rows}
+        deltas = pairing.deltas(i)
+        rows = {"new_base": pairing.new_base[i]}
+        for delta in deltas:
+            rows |= {delta.post_role: delta.post, delta.base_role: delta.base}
+        checkpoints = {role: tables.by_role[role].checkpoint.tensors for role in rows}
         have = {role: checkpoints[role].shapes[row][0] for role, row in rows.items()}
         width = math.prod(pairing.shapes[i][1:])
         cuts = sorted({0, *have.values(), pairing.shapes[i][0]})
@@ -305,14 +320,15 @@ def _with_extended(
             span["out_offset"] += first * width * out.itemsize
             span["count"] = (last - first) * width
             _shift(span, "new", checkpoints["new_base"], rows["new_base"], first, width, have["new_base"])
-            alpha = pairing.alphas[i]
-            if first < have["post"] and alpha != 0.0:
+            there = [delta for delta in deltas if first < have[delta.post_role]]
+            if there:
+                span["first_term"], span["n_terms"] = len(terms) + len(extra_terms), len(there)
+            for delta in there:
                 term = np.zeros(1, TERM)
-                term["alpha"] = alpha
-                for role in ("post", "base"):
-                    _place(term, role, tables, role, np.array([rows[role]]))
-                    _shift(term, role, checkpoints[role], rows[role], first, width, have[role])
-                span["first_term"], span["n_terms"] = len(terms) + len(extra_terms), 1
+                term["alpha"] = delta.alpha
+                for prefix, role in (("post", delta.post_role), ("base", delta.base_role)):
+                    _place(term, prefix, tables, role, np.array([rows[role]]))
+                    _shift(term, prefix, checkpoints[role], rows[role], first, width, have[role])
                 extra_terms.append(term)
             extra_spans.append(span)
     keep = np.ones(len(spans), bool)

@@ -12,7 +12,7 @@ from paramdelta.checkpoint import Checkpoint
 from paramdelta.checkpoint.weights import Quantisation, QuantisedWeight
 from paramdelta.dtypes import DType
 from paramdelta.errors import Complaint, shown
-from paramdelta.plan.request import Rename
+from paramdelta.plan.request import MergeRequest, Rename
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -76,9 +76,14 @@ def is_head(name: str) -> bool:
 
 
 def renamed(
-    checkpoint: Checkpoint, quantisation: Quantisation, renames: Sequence[Rename], wrong: list[Complaint]
+    checkpoint: Checkpoint,
+    quantisation: Quantisation,
+    renames: Sequence[Rename],
+    wrong: list[Complaint],
+    unused: list[set[int]],
 ) -> Names:
-    """Apply ``--rename-*`` to a checkpoint's names; two tensors that end up with one name are a complaint."""
+    """Apply ``--rename-*`` to a checkpoint's names; two tensors that end up with one name are a complaint. The numbers
+    of the renames that changed nothing are added to ``unused``."""
     own = _own_names(checkpoint, quantisation)
     if not renames:
         return Names(checkpoint, quantisation, own)
@@ -95,10 +100,24 @@ def renamed(
             first = next(n for n, r in own.items() if r == rows[new])
             wrong.append(Complaint(option, f"{shown(first)} and {shown(name)} would both be called {shown(new)}"))
         rows.setdefault(new, row)
-    for rename, hit in zip(renames, used, strict=True):
-        if not hit:
-            wrong.append(Complaint(option, f"{shown(repr(rename.pattern))} matches no tensor of {checkpoint.role}"))
+    unused.append({i for i, hit in enumerate(used) if not hit})
     return Names(checkpoint, quantisation, rows)
+
+
+def rename_all(
+    request: MergeRequest, checkpoints: dict[str, Checkpoint], found: Sequence[Quantisation], wrong: list[Complaint]
+) -> dict[str, Names]:
+    """Return every checkpoint's names by role. A rename that matches no tensor, of no delta, is a complaint."""
+    names: dict[str, Names] = {}
+    unused: dict[str, list[set[int]]] = {}
+    for (role, checkpoint), quantisation in zip(checkpoints.items(), found, strict=True):
+        left = unused.setdefault(checkpoint.role, [])
+        names[role] = renamed(checkpoint, quantisation, request.renames(role), wrong, left)
+    for role, sets in unused.items():
+        for i in sorted(set.intersection(*sets)) if sets else ():
+            option, pattern = f"--rename-{role.replace('_', '-')}", request.renames(role)[i].pattern
+            wrong.append(Complaint(option, f"{shown(repr(pattern))} matches no tensor of {role}"))
+    return names
 
 
 def _own_names(checkpoint: Checkpoint, quantisation: Quantisation) -> dict[str, int]:

@@ -3,16 +3,19 @@ tensors that post changed. Both only ever warn."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta.errors import shown
+from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.samples import Operands, of_region, of_span, read_bytes
-from paramdelta.plan.work import Work
+from paramdelta.plan.work import Rows, Work
 
 if TYPE_CHECKING:
+    from paramdelta.checkpoint import Checkpoint
     from paramdelta.plan import Plan
 
 SAMPLED_TENSORS = 8
@@ -26,16 +29,27 @@ def data_warnings(plan: Plan) -> tuple[str, ...]:
 
 def order_warnings(plan: Plan) -> tuple[str, ...]:
     """Warn where post looks like a child of new_base, or where the delta is zero or as large as the weights."""
+    found = []
+    for number in range(len(plan.request.sources)):
+        first = list(plan.checkpoints).index(roles_of(number)[0])
+        counts = [len(c.files) for c in plan.checkpoints.values()]
+        warning = _order_warning(plan.work, range(sum(counts[:first]), sum(counts[: first + 1])))
+        if warning:
+            found.append(f"delta {number + 1}: {warning}" if plan.request.more else warning)
+    return tuple(found)
+
+
+def _order_warning(work: Work, posts: range) -> str | None:
+    """Look at the delta whose post has the input files ``posts``."""
     post_base = post_new = base_square = 0.0
-    for post, base, new_base in samples_of(plan.work):
+    for post, base, new_base in samples_of(work, posts):
         with np.errstate(all="ignore"):
             post_base += float(np.nansum((post - base) ** 2))
             post_new += float(np.nansum((post - new_base) ** 2))
             base_square += float(np.nansum(base**2))
     if base_square == post_base == post_new == 0.0:  # nothing to look at
-        return ()
-    warning = judge_order(post_base, post_new, base_square)
-    return (warning,) if warning else ()
+        return None
+    return judge_order(post_base, post_new, base_square)
 
 
 def judge_order(post_base: float, post_new: float, base: float) -> str | None:
@@ -58,31 +72,52 @@ def judge_order(post_base: float, post_new: float, base: float) -> str | None:
 
 def integer_warnings(plan: Plan) -> tuple[str, ...]:
     """Warn of integer and boolean tensors that post changed: the output has new_base's."""
-    changed = []
-    for name, post, base in plan.integer_pairs:
-        p, b = (c.tensors.spec(c.tensors.names[row]) for c, row in ((plan.post, post), (plan.base, base)))
-        if p.nbytes > _MOST_COMPARED_BYTES:
-            continue
-        same = (p.dtype, p.shape) == (b.dtype, b.shape) and read_bytes(
-            plan.post.files[p.file].path, p.offset, p.nbytes
-        ) == read_bytes(plan.base.files[b.file].path, b.offset, b.nbytes)
-        if not same:
-            changed.append(shown(name))
+    changed: dict[str, None] = {}
+    for number, pairs in enumerate([plan.integer_pairs, *(further.integers for further in plan.pairing.more)]):
+        in_post, in_base = (plan.checkpoints[role] for role in roles_of(number))
+        changed |= dict.fromkeys(_changed_integers(in_post, in_base, pairs))
     if not changed:
         return ()
-    listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+    names = list(changed)
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (f"integer tensors that post changed are taken from new_base: {listed}",)
 
 
-def samples_of(work: Work) -> list[Operands]:
-    """Return samples of some of the larger spans, and of some of the larger regions."""
+def _changed_integers(in_post: Checkpoint, in_base: Checkpoint, pairs: list[tuple[str, int, int]]) -> Iterator[str]:
+    for name, post, base in pairs:
+        p, b = (c.tensors.spec(c.tensors.names[row]) for c, row in ((in_post, post), (in_base, base)))
+        if p.nbytes > _MOST_COMPARED_BYTES:
+            continue
+        same = (p.dtype, p.shape) == (b.dtype, b.shape) and read_bytes(
+            in_post.files[p.file].path, p.offset, p.nbytes
+        ) == read_bytes(in_base.files[b.file].path, b.offset, b.nbytes)
+        if not same:
+            yield shown(name)
+
+
+def samples_of(work: Work, posts: range | None = None) -> list[Operands]:
+    """Return samples of some of the larger spans, and of some of the larger regions: of the delta whose post has the
+    input files ``posts``, by default of the first that each adds."""
     spans, regions = work.spans, work.regions
-    plain = np.flatnonzero((spans["n_terms"] == 1) & (spans["new_file"] >= 0) & (spans["count"] > 1))
-    samples = [of_span(work, spans[at]) for at in _some_of(plain, spans["count"][plain])]
-    scaled = np.flatnonzero(regions["n_terms"] == 1)
+    terms = _terms_of(spans, work.terms["post_file"], posts)
+    plain = np.flatnonzero((terms >= 0) & (spans["new_file"] >= 0) & (spans["count"] > 1))
+    samples = [of_span(work, spans[at], work.terms[terms[at]]) for at in _some_of(plain, spans["count"][plain])]
+    terms = _terms_of(regions, work.views["file"][work.region_terms["post_view"]], posts)
+    scaled = np.flatnonzero(terms >= 0)
     sizes = (regions["rows"] * regions["cols"])[scaled]
-    samples += [of_region(work, regions[at]) for at in _some_of(scaled, sizes)]
+    samples += [of_region(work, regions[at], work.region_terms[terms[at]]) for at in _some_of(scaled, sizes)]
     return [sample for sample in samples if sample is not None]
+
+
+def _terms_of(rows: Rows, files: NDArray[np.int32], posts: range | None) -> NDArray[np.int64]:
+    """Return the first term of each span or region whose post lies in ``posts``, −1 for none."""
+    owner = np.repeat(np.arange(len(rows)), rows["n_terms"])
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(rows["n_terms"]) - rows["n_terms"], rows["n_terms"])
+    term = rows["first_term"][owner] + within
+    here = np.ones(len(term), bool) if posts is None else np.isin(files[term], np.array(posts, np.int64))
+    found = np.full(len(rows), -1, np.int64)
+    found[owner[here][::-1]] = term[here][::-1]  # the first one is written last
+    return found
 
 
 def _some_of(candidates: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

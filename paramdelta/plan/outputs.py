@@ -128,15 +128,16 @@ def make_outputs(
 
 def _copied(pairing: Pairing, i: int) -> bool:
     """Whether nothing is added to a tensor."""
-    return pairing.kinds[i] in (Kind.FROM_NEW_BASE, Kind.FROM_POST) or pairing.alphas[i] == 0.0
+    return not pairing.adds(i)
 
 
 def _decodes(pairing: Pairing, i: int, names: dict[str, Names]) -> bool:
     """Whether some operand of a merged tensor is quantised."""
     if _copied(pairing, i):
         return False
-    rows = {"post": pairing.post[i], "base": pairing.base[i]}
-    return i in pairing.bridges or any(row in names[role].weights for role, row in rows.items())
+    return i in pairing.bridges or any(
+        d.post in names[d.post_role].weights or d.base in names[d.base_role].weights for d in pairing.deltas(i)
+    )
 
 
 def _as_stored(

@@ -8,9 +8,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from paramdelta.errors import Complaint, shown
-from paramdelta.plan.bridges import Ambiguous, Piece, Structure, bridge, parts_of, turned
+from paramdelta.plan.bridges import Ambiguous, Piece, Slice, Structure, bridge, parts_of, turned
+from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.naming import EMBEDDINGS, Names, is_head
 from paramdelta.plan.problems import Problems, by_role, complaints
 from paramdelta.plan.request import ROLES, MergeRequest, matcher
@@ -29,9 +31,31 @@ class Kind(enum.IntEnum):
     FROM_POST = 3
 
 
+class Delta(NamedTuple):
+    """A delta that is added to a tensor: its number, and the rows of post and base in the tables of their roles."""
+
+    number: int
+    post_role: str
+    post: int
+    base_role: str
+    base: int
+    alpha: float
+
+
+@dataclass
+class Further:
+    """Of each output tensor, the rows in post and base of a delta after the first one, and its alpha: 0 for nothing."""
+
+    post: list[int]
+    base: list[int]
+    alphas: list[float]
+    integers: list[tuple[str, int, int]] = field(default_factory=list)
+
+
 @dataclass
 class Pairing:
-    """Output tensors in order: what happens to each, and the rows of the three tables it is made of."""
+    """Output tensors in order: what happens to each, and the rows of the tables it is made of. ``post``, ``base`` and
+    ``alphas`` are those of the first delta, ``more`` those of the others."""
 
     names: list[str] = field(default_factory=list)
     kinds: list[Kind] = field(default_factory=list)
@@ -48,6 +72,7 @@ class Pairing:
     bridges: dict[int, list[Piece]] = field(
         default_factory=dict
     )  # of tensors whose parts lie elsewhere in post or base
+    more: list[Further] = field(default_factory=list)
 
     def add(
         self, name: str, kind: Kind, shape: tuple[int, ...], new: int, post: int, base: int, alpha: float = 0.0
@@ -60,6 +85,43 @@ class Pairing:
         self.post.append(post)
         self.base.append(base)
         self.alphas.append(alpha)
+
+    def adds(self, i: int) -> bool:
+        """Whether any delta is added to a tensor."""
+        if self.kinds[i] in (Kind.FROM_NEW_BASE, Kind.FROM_POST):
+            return False
+        return self.alphas[i] != 0.0 or any(further.alphas[i] != 0.0 for further in self.more)
+
+    def deltas(self, i: int) -> list[Delta]:
+        """Return what is added to a tensor, in order."""
+        if not self.adds(i):
+            return []
+        columns = [(self.post[i], self.base[i], self.alphas[i])]
+        columns += [(further.post[i], further.base[i], further.alphas[i]) for further in self.more]
+        found = []
+        for number, (post, base, alpha) in enumerate(columns):
+            post_role, base_role = roles_of(number)
+            if alpha != 0.0:
+                found.append(Delta(number, post_role, post, base_role, base, alpha))
+        return found
+
+    def pieces(self, i: int, stack: int, rows: int, cols: int) -> list[Piece]:
+        """Return the pieces of a weight, its matrices where all checkpoints store it alike."""
+        if i in self.bridges:
+            return self.bridges[i]
+
+        def whole(row: int, e: int) -> Slice:
+            return Slice(row, e, 0, 1, rows, cols, False)
+
+        return [
+            Piece(
+                whole(self.new_base[i], e),
+                whole(self.post[i], e),
+                whole(self.base[i], e),
+                more=tuple((whole(further.post[i], e), whole(further.base[i], e)) for further in self.more),
+            )
+            for e in range(stack)
+        ]
 
 
 class _Pairer:
@@ -248,14 +310,11 @@ class _Pairer:
 
 
 def pair(request: MergeRequest, post: Names, base: Names, new_base: Names, wrong: list[Complaint]) -> Pairing:
-    """Pair all tensors; what cannot be paired becomes a complaint that names the option which resolves it."""
+    """Pair all tensors of the first delta, under the names that new_base's renames give them; what cannot be paired
+    becomes a complaint that names the option which resolves it."""
     pairer = _Pairer(request, post, base, new_base)
     pairer.run()
     wrong += complaints(pairer.problems, request, {"post": post, "base": base})
-    wrong += _unmatched_globs(request, (post, base, new_base))
-    if request.rename_new_base:  # renames are for pairing: the output is called what new_base calls it
-        rows = new_base.rows
-        pairer.result.names = [new_base.own_name(rows[n]) if n in rows else n for n in pairer.result.names]
     return pairer.result
 
 
@@ -275,16 +334,3 @@ def _alpha_of(request: MergeRequest) -> Callable[[str], float]:
 
 def _same_but_rows(shapes: list[tuple[int, ...]]) -> bool:
     return all(shapes) and len({shape[1:] for shape in shapes}) == 1
-
-
-def _unmatched_globs(request: MergeRequest, all_names: tuple[Names, ...]) -> list[Complaint]:
-    options = [("--include", g) for g in request.include] + [("--exclude", g) for g in request.exclude]
-    options += [("--alpha", rule.glob) for rule in request.alphas[1:]]
-    found = []
-    for option, glob in options:
-        matches = matcher([glob])
-        if not any(matches(name) for names in all_names for name in names.rows):
-            found.append(
-                Complaint(option, f"{shown(repr(glob))} matches no tensor", "paramdelta inspect lists what there is")
-            )
-    return found

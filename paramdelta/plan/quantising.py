@@ -61,12 +61,13 @@ class QuantConfig:
 
 def recognise_all(
     request: MergeRequest, checkpoints: Sequence[Checkpoint]
-) -> tuple[dict[str, Quantisation], list[Complaint]]:
-    """Return what is quantised in each checkpoint, by role, and every complaint."""
-    found: dict[str, Quantisation] = {}
+) -> tuple[list[Quantisation], list[Complaint]]:
+    """Return what is quantised in each checkpoint, and every complaint."""
+    found: list[Quantisation] = []
     wrong: list[Complaint] = []
     for checkpoint in checkpoints:
-        found[checkpoint.role], complaints = recognise(checkpoint, allow_unscaled=request.allow_unscaled)
+        quantisation, complaints = recognise(checkpoint, allow_unscaled=request.allow_unscaled)
+        found.append(quantisation)
         wrong += complaints
     return found, wrong
 

@@ -127,16 +127,8 @@ class RegionMaker:
         units = [
             self.unit(i, e, planes, format_) if format_ is not None and format_.whole else -1 for e in range(stack)
         ]
-        for piece in self.pairing.bridges.get(i) or [self.whole(i, e, rows, cols) for e in range(stack)]:
+        for piece in self.pairing.pieces(i, stack, rows, cols):
             self.region(i, piece, planes, format_, units[piece.out.matrix])
-
-    def whole(self, i: int, e: int, rows: int, cols: int) -> Piece:
-        """Return matrix ``e`` as a piece that all checkpoints store alike."""
-        at = [
-            Slice(r[i], e, 0, 1, rows, cols, False)
-            for r in (self.pairing.new_base, self.pairing.post, self.pairing.base)
-        ]
-        return Piece(*at)
 
     def region(self, i: int, piece: Piece, planes: dict[str, int], format_: Format | None, unit: int) -> None:
         """Add the region of a piece of a weight. Its rows and columns are those of the output as it is stored."""
@@ -156,10 +148,11 @@ class RegionMaker:
             else self.views.add("new_base", piece.new_base or out, out)
         )
         first, n_terms = len(self.made.terms), 0
-        if self.merges(i):
-            post, base = self.views.add("post", piece.post, out), self.views.add("base", piece.base, out)
-            self.made.terms.append((self.pairing.alphas[i], post, base))
-            n_terms = 1
+        for delta in self.pairing.deltas(i):
+            in_post, in_base = piece.pair(delta.number)
+            post = self.views.add(delta.post_role, in_post, out)
+            self.made.terms.append((delta.alpha, post, self.views.add(delta.base_role, in_base, out)))
+            n_terms += 1
         recipe, scale, strides, given, second, grid, keep = -1, None, (0, 0, 0), None, None, (0, 0), False
         if format_ is not None:
             row_of = recipe_row(format_.recipe, format_.scale)
@@ -246,9 +239,6 @@ class RegionMaker:
                 "--format bf16 writes it plain; --exclude GLOB copies it from new_base",
             )
         )
-
-    def merges(self, i: int) -> bool:
-        return self.pairing.kinds[i] in (Kind.MERGED, Kind.EXTENDED) and self.pairing.alphas[i] != 0.0
 
     def keepable(self, i: int, format_: Format) -> bool:
         """Whether what the weight is made from, new_base or post, is stored just so, and its scales may be kept."""

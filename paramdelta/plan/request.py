@@ -7,13 +7,14 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from paramdelta.dtypes import MERGE_DTYPES, DType
 from paramdelta.errors import Complaint, PlanError, shown
+from paramdelta.plan.deltas import AlphaRule, Folders, Source, read_sources, roles_of, spelled_alphas
 
 ROLES = ("post", "base", "new_base")
 STACKINGS = ("straight", "transposed", "interleaved")
@@ -30,14 +31,6 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
-class AlphaRule:
-    """The scale of the delta for tensors whose names match ``glob``; of several rules that match, the last holds."""
-
-    glob: str
-    value: float
-
-
-@dataclass(frozen=True)
 class Rename:
     """``re.sub(pattern, replacement, name)``, applied to the names of one checkpoint before pairing."""
 
@@ -48,13 +41,15 @@ class Rename:
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
     """One merge, checked. Build it with :meth:`build`; every field is part of the result's identity except ``out``,
-    ``overwrite``, ``allow_nonfinite`` and ``max_quant_error``. ``alphas`` starts with the rule for all, ``*``."""
+    ``overwrite``, ``allow_nonfinite`` and ``max_quant_error``. ``post``, ``base`` and ``alphas`` are the first delta's,
+    and ``more`` are the others, added in this order; ``alphas`` starts with the rule for all, ``*``."""
 
     post: Path
     base: Path
     new_base: Path
     out: Path | None
     alphas: tuple[AlphaRule, ...] = (AlphaRule("*", 1.0),)
+    more: tuple[Source, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     copy_from: str = "error"
@@ -80,11 +75,11 @@ class MergeRequest:
     def build(
         cls,
         *,
-        post: str | Path,
-        base: str | Path,
+        post: Folders,
+        base: Folders,
         new_base: str | Path,
         out: str | Path | None = None,
-        alpha: float | str | Mapping[str, float] = 1.0,
+        alpha: float | str | Mapping[str, float] | Sequence[Any] = 1.0,
         alphas: str | Sequence[str] = (),
         include: str | Sequence[str] = (),
         exclude: str | Sequence[str] = (),
@@ -110,17 +105,20 @@ class MergeRequest:
         """Check and build a request.
 
         ``alpha`` is a number, or a mapping of globs to numbers, the last match winning; ``alphas`` are rules as on the
-        command line (``0.7``, ``GLOB=0.7``), added after it. Renames are ``REGEX=REPLACEMENT`` or pairs. Sizes are
-        numbers of bytes or strings such as ``5GB`` (10⁹) and ``5GiB`` (2³⁰). Raises PlanError with all complaints.
+        command line (``0.7``, ``GLOB=0.7``), added after it. For several deltas ``post`` and ``base`` are lists, and
+        ``alpha`` may be one; rules for one of them begin with its number (``2:0.7``, ``2:GLOB=0.7``). Renames are
+        ``REGEX=REPLACEMENT`` or pairs. Sizes are numbers of bytes or strings such as ``5GB`` (10⁹) and ``5GiB`` (2³⁰).
+        Raises PlanError with all complaints.
         """
         wrong: list[Complaint] = []
-        rules = _alpha_rules(alpha, wrong) + [r for a in _strings(alphas) for r in _alpha_rules(a, wrong)]
+        first, *more = read_sources(post, base, alpha, _strings(alphas), wrong)
         request = cls(
-            post=Path(post),
-            base=Path(base),
+            post=first.post,
+            base=first.base,
             new_base=Path(new_base),
             out=None if out is None else Path(out),
-            alphas=_effective(rules),
+            alphas=first.alphas,
+            more=tuple(more),
             include=_strings(include),
             exclude=_strings(exclude),
             copy_from=_choice("--copy-from", copy_from, COPY_FROM, wrong),
@@ -155,21 +153,37 @@ class MergeRequest:
             raise PlanError(wrong)
         return request
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every delta, in the order in which they are added."""
+        return (Source(self.post, self.base, self.alphas), *self.more)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Every folder by role: ``post``, ``base``, ``new_base``, then ``post_2``, ``base_2`` and so on."""
+        found = {"post": self.post, "base": self.base, "new_base": self.new_base}
+        for number, source in enumerate(self.more, 1):
+            found |= dict(zip(roles_of(number), (source.post, source.base), strict=True))
+        return found
+
     def folder(self, role: str) -> Path:
         """Return the folder of a role."""
-        folder: Path = getattr(self, role)
-        return folder
+        return self.folders[role]
+
+    def of_delta(self, number: int) -> MergeRequest:
+        """Return the request of a merge that adds one of the deltas only."""
+        source = self.sources[number]
+        return replace(self, post=source.post, base=source.base, alphas=source.alphas, more=())
 
     def renames(self, role: str) -> tuple[Rename, ...]:
-        """Return the renames of a role."""
-        renames: tuple[Rename, ...] = getattr(self, f"rename_{role}")
+        """Return the renames of a role; those of post and base are for every delta."""
+        renames: tuple[Rename, ...] = getattr(self, f"rename_{role.rstrip('_0123456789')}")
         return renames
 
     def to_dict(self) -> dict[str, Any]:
         """Return what decides the result, without paths, as JSON-ready values that :meth:`build` takes back."""
-        alphas = [f"{rule.glob}={rule.value!r}" for rule in self.alphas]
         return {
-            "alphas": alphas,
+            "alphas": spelled_alphas(self.sources),
             "include": list(self.include),
             "exclude": list(self.exclude),
             "copy_from": self.copy_from,
@@ -207,34 +221,6 @@ def matcher(globs: Iterable[str]) -> Callable[[str], bool]:
         return lambda name: False
     compiled = re.compile("|".join(patterns))
     return lambda name: compiled.match(name) is not None
-
-
-def _alpha_rules(alpha: Any, wrong: list[Complaint]) -> list[AlphaRule]:
-    if isinstance(alpha, Mapping):
-        return [r for glob, value in alpha.items() for r in _alpha_rule(glob, value, wrong)]
-    if isinstance(alpha, str) and "=" in alpha:
-        glob, _, value = alpha.rpartition("=")
-        return _alpha_rule(glob, value, wrong)
-    return _alpha_rule("*", alpha, wrong)
-
-
-def _alpha_rule(glob: str, value: Any, wrong: list[Complaint]) -> list[AlphaRule]:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        wrong.append(Complaint("--alpha", f"expected a number or GLOB=number, got {shown(repr(value))}"))
-        return []
-    if not math.isfinite(number):
-        wrong.append(Complaint("--alpha", f"expected a finite number, got {number}"))
-        return []
-    return [AlphaRule(glob, number)]
-
-
-def _effective(rules: list[AlphaRule]) -> tuple[AlphaRule, ...]:
-    """Drop the rules that a later rule for every tensor hides; the first of what is left is that rule."""
-    rules = [AlphaRule("*", 1.0), *rules]
-    last = max(i for i, rule in enumerate(rules) if rule.glob == "*")
-    return tuple(rules[last:])
 
 
 def _renames(option: str, values: Any, wrong: list[Complaint]) -> tuple[Rename, ...]:

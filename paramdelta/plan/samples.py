@@ -21,9 +21,8 @@ Values = NDArray[np.float64]
 Operands = tuple[Values, Values, Values]  # post, base, new_base
 
 
-def of_span(work: Work, span: Any) -> Operands | None:
-    """Return the first elements of a span's operands, None where base is zeros."""
-    term = work.terms[span["first_term"]]
+def of_span(work: Work, span: Any, term: Any) -> Operands | None:
+    """Return the first elements of the operands of a span and one of its terms, None where base is zeros."""
     if term["base_file"] < 0:
         return None
     count = min(int(span["count"]), SAMPLED_ELEMENTS)
@@ -32,10 +31,9 @@ def of_span(work: Work, span: Any) -> Operands | None:
     return p, b, _plain(work, span["new_file"], span["new_offset"], span["new_dtype"], count)
 
 
-def of_region(work: Work, region: Any) -> Operands | None:
-    """Return the values of the same corner of a region's operands, None where one is zeros."""
+def of_region(work: Work, region: Any, term: Any) -> Operands | None:
+    """Return the values of the same corner of a region's and a term's operands, None where one is zeros."""
     rows, cols = (min(int(region[side]), SAMPLED_CORNER) for side in ("rows", "cols"))
-    term = work.region_terms[region["first_term"]]
     views = [work.views[number] for number in (term["post_view"], term["base_view"], region["new_view"])]
     if 0 in (rows, cols) or any(view["file"] < 0 for view in views):
         return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import filecmp
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import paramdelta
 from paramdelta.checkpoint import Checkpoint
 from paramdelta.errors import storage_errors
+from paramdelta.plan.deltas import Source, roles_of
 from paramdelta.plan.request import MergeRequest
 
 RECORD = "paramdelta.json"
@@ -51,12 +52,15 @@ class SideFile:
     origin: str
 
 
-def carried_files(post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> tuple[list[SideFile], list[str]]:
+def carried_files(checkpoints: Mapping[str, Checkpoint]) -> tuple[list[SideFile], list[str]]:
     """Return the files carried over from post and new_base, and the names of those left out.
 
     Tokenizer, chat template and generation config come from post (from new_base where post has none); custom code
-    from new_base; licences from both, post's under ``NAME.post`` where its text differs.
+    from new_base; licences from both, post's under ``NAME.post`` where its text differs. Of the posts of further
+    deltas only licences are carried, as ``NAME.post_2`` and so on.
     """
+    post, new_base = checkpoints["post"], checkpoints["new_base"]
+    posts = {role: c for role, c in checkpoints.items() if role.partition("_")[0] == "post"}
     files: dict[str, SideFile] = {}
 
     def carry(checkpoint: Checkpoint, patterns: Sequence[str], skip: Sequence[str] = ()) -> bool:
@@ -74,14 +78,18 @@ def carried_files(post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> t
             carry(new_base, (pattern,))
     carry(new_base, _CODE, skip=_TOKENIZER)
     carry(new_base, _LEGAL)
-    for name in post.side_files:
-        if _matches(name, _LEGAL) and not _same_text(post, new_base, name):
+    for role, checkpoint in posts.items():
+        for name in checkpoint.side_files:
+            if not _matches(name, _LEGAL) or any(
+                _same_text(checkpoint, c, name) for c in (new_base, post) if c is not checkpoint
+            ):
+                continue
             kept, number = name, 1
             while kept in files:  # new_base may be a merge itself and hold a NAME.post already
-                kept, number = f"{name}.post{number if number > 1 else ''}", number + 1
-            files[kept] = SideFile(name=kept, source=post.path / name, data=None, origin="post")
+                kept, number = f"{name}.{role}{number if number > 1 else ''}", number + 1
+            files[kept] = SideFile(name=kept, source=checkpoint.path / name, data=None, origin=role)
     made_here = {CARD, RECORD, "config.json"}
-    everything = {n for c in (post, new_base) for n in (*c.side_files, *_subfolders(c))}
+    everything = {n for c in (*posts.values(), new_base) for n in (*c.side_files, *_subfolders(c))}
     left_out = sorted(everything - set(files) - made_here)
     return [files[name] for name in sorted(files)], left_out
 
@@ -90,20 +98,22 @@ def _subfolders(checkpoint: Checkpoint) -> list[str]:
     return [f"{p.name}/" for p in checkpoint.path.iterdir() if p.is_dir() and not p.name.startswith(".")]
 
 
-def record(request: MergeRequest, checkpoints: Sequence[Checkpoint], policies: dict[str, Any]) -> bytes:
+def record(request: MergeRequest, checkpoints: Mapping[str, Checkpoint], policies: dict[str, Any]) -> bytes:
     """Return ``paramdelta.json``: enough to verify the folder and to do the merge again."""
+    alphas = [f"alpha{'' if n == 0 else f'_{n + 1}'}" for n in range(len(request.sources))]
+    terms = ["{} * ({} - {})".format(alpha, *roles_of(n)) for n, alpha in enumerate(alphas)]
     document = {
         "version": RECORD_VERSION,
         "tool": {"name": "paramdelta", "version": paramdelta.__version__},
-        "formula": "new_base + alpha * (post - base)",
+        "formula": " + ".join(["new_base", *terms]),
         "arithmetic": "binary64, one rounding to the output type, nearest even",
         "request": request.to_dict(),
         "inputs": {
-            c.role: {
+            role: {
                 "name": c.label,
                 "files": [{"name": f.name, "bytes": f.size, "header_sha256": f.digest} for f in c.files],
             }
-            for c in checkpoints
+            for role, c in checkpoints.items()
         },
         "policies": policies,
     }
@@ -119,10 +129,12 @@ def _written(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def model_card(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint) -> bytes:
+def model_card(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> bytes:
     """Return the model card: metadata that the Hub reads, and what was done, in words."""
-    everywhere, *special = request.alphas
-    scale = ", ".join([f"{everywhere.value:g}", *(f"{r.value:g} for `{r.glob}`" for r in special)])
+    if request.more:
+        return _card_of_several(request, checkpoints)
+    post, base, new_base = (checkpoints[role] for role in ("post", "base", "new_base"))
+    scale = _scale(request.sources[0])
     lines = [
         "---",
         "base_model:",
@@ -145,6 +157,47 @@ def model_card(request: MergeRequest, post: Checkpoint, base: Checkpoint, new_ba
         "",
     ]
     return "\n".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _card_of_several(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> bytes:
+    new_base = checkpoints["new_base"]
+    pairs = [tuple(checkpoints[role] for role in roles_of(n)) for n in range(len(request.sources))]
+    posts = [post.label for post, _ in pairs]
+    lines = [
+        "---",
+        "base_model:",
+        *(f"- {json.dumps(label)}" for label in dict.fromkeys((new_base.label, *posts))),
+        "base_model_relation: merge",
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- paramdelta",
+        "---",
+        "",
+        f"# {new_base.label} with the post-training of {' and of '.join(posts)}",
+        "",
+        f"The weights are those of {new_base.label} plus these differences, added in this order in binary64 and",
+        "rounded once:",
+        "",
+        *(
+            f"- `alpha · ({post.label} − {base.label})` with alpha = {_scale(source)}"
+            for (post, base), source in zip(pairs, request.sources, strict=True)
+        ),
+        "",
+        f"Tokenizer, chat template and generation config are those of {posts[0]}. `{RECORD}` says in detail what was",
+        "done; `paramdelta verify` checks it.",
+        "",
+        "The method is ParamΔ ([arXiv 2504.21023](https://arxiv.org/abs/2504.21023)). Licences and terms of all these",
+        "models apply.",
+        "",
+    ]
+    return "\n".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _scale(source: Source) -> str:
+    """Return alpha in words."""
+    everywhere, *special = source.alphas
+    return ", ".join([f"{everywhere.value:g}", *(f"{r.value:g} for `{r.glob}`" for r in special)])
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paramdelta.checkpoint import Checkpoint
 from paramdelta.errors import Complaint
-from paramdelta.plan.request import ROLES, MergeRequest
+from paramdelta.plan.request import MergeRequest
 from paramdelta.plan.sidefiles import RECORD
 
 
@@ -24,7 +24,7 @@ def check_target(request: MergeRequest) -> list[Complaint]:
 
 
 def _check(request: MergeRequest, out: Path) -> list[Complaint]:
-    wrong = [c for role in ROLES if (c := _overlap(out, request.folder(role), role)) is not None]
+    wrong = [c for role, folder in request.folders.items() if (c := _overlap(out, folder, role)) is not None]
     parent = out.absolute().parent
     if not parent.is_dir():
         wrong.append(Complaint(str(out), f"its parent folder {parent} does not exist", f"mkdir -p {parent}"))

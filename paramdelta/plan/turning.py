@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from paramdelta.formats import GPT_OSS_SPELLING, Format
-from paramdelta.plan.bridges import Piece, Slice
 from paramdelta.plan.naming import Names
 from paramdelta.plan.pairing import NONE, Kind, Pairing
 
@@ -15,7 +14,7 @@ def turn_stacks(pairing: Pairing, formats: list[Format | None], names: dict[str,
     for i, shape in enumerate(pairing.shapes):
         if len(shape) == 3 and _turns(pairing, i, formats[i], names):
             experts, rows, cols = shape
-            pieces = pairing.bridges.get(i) or [_whole(pairing, i, e, rows, cols) for e in range(experts)]
+            pieces = pairing.pieces(i, experts, rows, cols)
             pairing.bridges[i] = [
                 p._replace(out=p.out._replace(transposed=not p.out.transposed), new_base=p.out) for p in pieces
             ]
@@ -46,8 +45,3 @@ def _turns(pairing: Pairing, i: int, wanted: Format | None, names: dict[str, Nam
 def _blocks(names: Names, row: int) -> bool:
     weight = names.weights.get(row)
     return weight is not None and weight.format.spelling.stacked_codes == GPT_OSS_SPELLING.stacked_codes
-
-
-def _whole(pairing: Pairing, i: int, e: int, rows: int, cols: int) -> Piece:
-    stored = (pairing.new_base[i], pairing.post[i], pairing.base[i])
-    return Piece(*[Slice(row, e, 0, 1, rows, cols, False) for row in stored])
