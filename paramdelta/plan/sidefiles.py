@@ -6,7 +6,7 @@ from __future__ import annotations
 import filecmp
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,16 +136,7 @@ def model_card(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> 
     post, base, new_base = (checkpoints[role] for role in ("post", "base", "new_base"))
     scale = _scale(request.sources[0])
     lines = [
-        "---",
-        "base_model:",
-        *(f"- {json.dumps(c.label)}" for c in (new_base, post)),
-        "base_model_relation: merge",
-        "library_name: transformers",
-        "tags:",
-        "- merge",
-        "- paramdelta",
-        "---",
-        "",
+        *_front_matter((new_base.label, post.label)),
         f"# {new_base.label} with the post-training of {post.label}",
         "",
         f"The weights are `{new_base.label} + alpha · ({post.label} − {base.label})` with alpha = {scale}, computed in",
@@ -159,14 +150,12 @@ def model_card(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> 
     return "\n".join(lines).encode("utf-8", "backslashreplace")
 
 
-def _card_of_several(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> bytes:
-    new_base = checkpoints["new_base"]
-    pairs = [tuple(checkpoints[role] for role in roles_of(n)) for n in range(len(request.sources))]
-    posts = [post.label for post, _ in pairs]
-    lines = [
+def _front_matter(models: Iterable[str]) -> list[str]:
+    """Return the lines at the head of a card that the Hub reads, and an empty one."""
+    return [
         "---",
         "base_model:",
-        *(f"- {json.dumps(label)}" for label in dict.fromkeys((new_base.label, *posts))),
+        *(f"- {json.dumps(model)}" for model in models),
         "base_model_relation: merge",
         "library_name: transformers",
         "tags:",
@@ -174,6 +163,15 @@ def _card_of_several(request: MergeRequest, checkpoints: Mapping[str, Checkpoint
         "- paramdelta",
         "---",
         "",
+    ]
+
+
+def _card_of_several(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> bytes:
+    new_base = checkpoints["new_base"]
+    pairs = [tuple(checkpoints[role] for role in roles_of(n)) for n in range(len(request.sources))]
+    posts = [post.label for post, _ in pairs]
+    lines = [
+        *_front_matter(dict.fromkeys((new_base.label, *posts))),
         f"# {new_base.label} with the post-training of {' and of '.join(posts)}",
         "",
         f"The weights are those of {new_base.label} plus these differences, added in this order in binary64 and",
