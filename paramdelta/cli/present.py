@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,12 @@ _WORST_SHOWN = 5
 _RANKS_SHOWN = 64
 
 
-def merge_inputs(options: dict[str, Any], *, memory: str, **machine: Any) -> tuple[MergeRequest, EngineOptions]:
-    """Return the request and the engine's options of a merge (``memory``: ``auto``, or a size such as ``256MiB``), or
-    raise one InputError for both."""
+def merge_inputs(
+    options: dict[str, Any], make_request: Callable[..., MergeRequest], *, memory: str, **machine: Any
+) -> tuple[MergeRequest, EngineOptions]:
+    """Return the request that ``make_request`` makes of ``options`` and the engine's options (``memory``: ``auto``, or
+    a size such as ``256MiB``), or raise one InputError for both."""
     from paramdelta.engine import EngineOptions
-    from paramdelta.plan import make_request
 
     wrong: list[Complaint] = []
     run_options = EngineOptions()

@@ -35,12 +35,13 @@ from paramdelta.plan.quantising import (
     choose_statistics,
     recognise_all,
 )
-from paramdelta.plan.request import MergeRequest
+from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.several import pair_all
-from paramdelta.plan.sidefiles import CARD, RECORD, SideFile, carried_files, model_card, record
+from paramdelta.plan.sidefiles import BASE_CONFIG, CARD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
 from paramdelta.plan.turning import turn_stacks
 from paramdelta.plan.work import Work
+from paramdelta.plan.zeros import checked_kinds, with_zeros
 
 __all__ = ["Kind", "MergeRequest", "Plan", "SideFile", "Work", "make_plan", "make_request", "open_all"]
 
@@ -157,7 +158,7 @@ class Plan:
 
     def check_inputs(self) -> None:
         """Raise StorageError where a shard of an input is not what it was when its header was read."""
-        check_unchanged((f.path, f.signature) for c in self.checkpoints.values() for f in c.files)
+        check_unchanged((f.path, f.signature) for c in self.checkpoints.values() for f in c.inputs)
 
     @contextlib.contextmanager
     def watched_inputs(self) -> Iterator[None]:
@@ -197,7 +198,8 @@ def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
     else:
         if not found:
             return request
-    folders = {key: options[key] for key in ("post", "base", "new_base", "out", "overwrite") if key in options}
+    kept = ("post", "base", "new_base", "out", "overwrite", "kind")
+    folders = {key: options[key] for key in kept if key in options}
     try:
         open_all(MergeRequest.build(**folders))
     except PlanError as error:
@@ -206,8 +208,8 @@ def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
 
 
 def open_all(request: MergeRequest) -> tuple[Checkpoint, ...]:
-    """Open post, base, new_base, and post and base of further deltas. Where one cannot be opened, raise PlanError with
-    the complaints about all of them and about the output folder."""
+    """Open the folders of a request, in their order. Where one cannot be opened, or is a delta in place of a model or a
+    model in place of a delta, raise PlanError with the complaints about all of them and about the output folder."""
     wrong: list[Complaint] = []
     opened: list[Checkpoint] = []
     for role, folder in request.folders.items():
@@ -217,20 +219,21 @@ def open_all(request: MergeRequest) -> tuple[Checkpoint, ...]:
             wrong += error.complaints
     if wrong:
         raise PlanError([*check_target(request), *wrong, *recognise_all(request, opened)[1]])
+    wrong = checked_kinds(request, opened)
+    if wrong:
+        raise PlanError([*check_target(request), *wrong])
     return tuple(opened)
 
 
-def make_plan(
-    request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint, *more: Checkpoint
-) -> Plan:
-    """Plan a merge from open checkpoints, ``more`` being post and base of each further delta. Raises PlanError with
-    every complaint there is."""
-    opened = (post, base, new_base, *more)
-    checkpoints = dict(zip(request.folders, opened, strict=True))
+def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
+    """Plan a merge from open checkpoints, in the order of the request's folders. Raises PlanError with every complaint
+    there is."""
     wrong = check_target(request) + check_links(request, opened)
-    quantisations, quantised_wrong = recognise_all(request, opened)
+    found, quantised_wrong = recognise_all(request, opened)
     if quantised_wrong:  # names would not pair, for a reason already given
         raise PlanError([*wrong, *quantised_wrong])
+    checkpoints, quantisations = with_zeros(request, opened, found, wrong)
+    post, base, new_base = (checkpoints[role] for role in ROLES)
     names = rename_all(request, checkpoints, quantisations, wrong)
     p, b, n = (names[role] for role in ("post", "base", "new_base"))
     pairing = pair_all(request, names, wrong)
@@ -246,7 +249,7 @@ def make_plan(
         base,
         new_base,
         vocab_size=_vocab_size(pairing, n),
-        dtype=request.dtype,
+        dtype=request.delta_dtype if request.kind == "extract" else request.dtype,
         quant_config=quant_config,
     )
     carried, left_out = carried_files(checkpoints)
@@ -257,6 +260,8 @@ def make_plan(
     ]
     if config.data is not None:
         made.append(SideFile(name="config.json", source=None, data=config.data, origin="new_base"))
+    if request.kind == "extract":
+        made += _config_of_base(base)
     made += _quant_file(quant_config, new_base)
     left_out = [name for name in left_out if name != HF_QUANT_CONFIG]
     notes = [note for c in opened for note in c.notes]
@@ -279,6 +284,13 @@ def _other_structures(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
         post, base = (checkpoints[role] for role in roles_of(number))
         for warning in structure_warnings(post, base, checkpoints["new_base"]):
             yield f"delta {number + 1}: {warning}"
+
+
+def _config_of_base(base: Checkpoint) -> list[SideFile]:
+    """Return base's config as a file of a delta's folder, by which a later merge knows what post changed."""
+    source = base.path / "config.json"
+    there = source.is_file()
+    return [SideFile(name=BASE_CONFIG, source=source, data=None, origin="base")] if there else []
 
 
 def _quant_file(quant_config: QuantConfig, new_base: Checkpoint) -> list[SideFile]:
