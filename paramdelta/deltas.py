@@ -165,7 +165,8 @@ def apply_request(
         alphas: Any = [alpha if given is None else given for given in own]
     else:
         alphas = alpha
-    policies.setdefault("activation_scales", "new-base")
+    if not rebuild:
+        policies.setdefault("activation_scales", "new-base")
     folders = [folder for folder, _ in listed]
     kind = "rebuild" if rebuild else "apply"
     return make_request(*wrong, post=folders, new_base=new_base, alpha=alphas, kind=kind, **policies)

@@ -144,6 +144,7 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     request = plan.request
     assert request.out is not None
     with plan.watched_inputs():
+        _check_sums(plan, staging.folder, result)
         _write_side_files(plan, staging.folder, result)
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
     lossy = _too_lossy(quantised, request.max_quant_error)
@@ -174,6 +175,23 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     if lossy:
         raise PrecisionError(lossy, report)
     return report
+
+
+def _check_sums(plan: Plan, folder: Path, result: engine.RunResult) -> None:
+    """Raise StorageError where a tensor has not come out as it is known to be."""
+    if not plan.sums:
+        return
+    found = result.checksums
+    if found is None:
+        found = sums.read([folder / name for name, _ in plan.work.outputs], plan.work.extents)
+    made = zip(plan.names, sums.spelled(found, plan.layout.nbytes.tolist()), strict=True)
+    wrong = [name for name, crc32 in made if plan.sums.get(name, crc32) != crc32]
+    if wrong:
+        more = f" and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+        raise StorageError(
+            f"{shown(wrong[0])}{more}: base and delta do not give back what the delta was taken from",
+            remedy="new_base is another one, or either folder is damaged: paramdelta verify checks the delta",
+        )
 
 
 def _write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:

@@ -25,7 +25,8 @@ from paramdelta.plan import Kind, MergeRequest, Plan, make_request
 from paramdelta.plan.deltas import Folders
 from paramdelta.plan.outputs import Making
 from paramdelta.plan.pairing import NONE
-from paramdelta.plan.sidefiles import RECORD, with_checksums, with_losses
+from paramdelta.plan.samples import read_bytes
+from paramdelta.plan.sidefiles import REBUILD, RECORD, with_checksums, with_losses
 from paramdelta.recompute import Readers, Recomputed
 
 SAMPLE_ROWS = 8  # of each tensor, spread over it; the first and the last are always among them
@@ -87,6 +88,9 @@ def verify(
     if not given:
         return _against_record(out, options, on_progress)
     request = recorded_request(out, **given)
+    if request.kind == "rebuild":
+        what = "is a model made again, whose every tensor was compared with the checksums that its delta has of it"
+        raise InputError(Complaint(str(out), what, "verify it without its sources"))
     found = integrity.recorded(out)
     report = _against_sources(out, prepare(request), found, everything=everything)
     if found is None:
@@ -123,7 +127,7 @@ def _against_sources(out: Path, plan: Plan, found: integrity.Recorded | None, *,
         return VerifyReport(
             out=out, tensors=0, elements=0, fraction=0.0, files=0, problems=tuple(problems), notes=plan.warnings
         )
-    problems = [*_file_problems(plan, out, found), *_header_problems(plan, made)]
+    problems = [*_file_problems(plan, out, found), *_header_problems(plan, made), *_kept_problems(plan, out)]
     elements = 0
     if not problems:
         with Readers() as readers:
@@ -211,9 +215,11 @@ def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:
     table = made.tensors
     sizes = {f.name: f.size for f in made.files}
     for name, size in plan.work.outputs:
-        if sizes.get(name) != size:
+        if sizes.get(name) != size and name != REBUILD:
             yield f"{shown(name)}: {sizes.get(name, 0):,} bytes, expected {size:,}"
     for tensor, name in enumerate(plan.names):
+        if _kept(plan, tensor):
+            continue
         if name not in table:
             yield f"{shown(name)}: missing"
             continue
@@ -222,11 +228,36 @@ def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:
         found = (spec.dtype, spec.shape, made.files[spec.file].name)
         if found != expected:
             yield f"{shown(name)}: is {_placed(found)}, expected {_placed(expected)}"
-    extra = set(table.names) - set(plan.names)
+    extra = set(table.names) - {name for tensor, name in enumerate(plan.names) if not _kept(plan, tensor)}
     if extra:
         yield f"{len(extra)} tensors that the merge does not make: {shown(sorted(extra)[0])}"
     if plan.index is not None and not (made.path / INDEX).is_file():
         yield f"{INDEX}: missing"
+
+
+def _kept(plan: Plan, tensor: int) -> bool:
+    """Whether a tensor is in the file that a lossless delta keeps beside its own."""
+    return plan.work.outputs[plan.out_files[tensor]][0] == REBUILD
+
+
+def _kept_problems(plan: Plan, out: Path) -> Iterator[str]:
+    """Compare the file that a lossless delta keeps with what post gives."""
+    names = [name for name, _ in plan.work.outputs]
+    if REBUILD not in names or not (out / REBUILD).is_file():
+        return
+    number, spans = names.index(REBUILD), plan.work.spans
+    with open(out / REBUILD, "rb") as stored:
+        if stored.read(len(plan.work.headers[number])) != plan.work.headers[number]:
+            yield f"{REBUILD}: its header is not what the sources give"
+        for span in spans[spans["out_file"] == number]:
+            source, count = plan.work.inputs[span["new_file"]], int(span["count"])
+            for at in range(0, count, _CHUNK_ELEMENTS):
+                size, begin = min(_CHUNK_ELEMENTS, count - at), int(span["new_offset"]) + at
+                stored.seek(int(span["out_offset"]) + at)
+                wanted = read_bytes(source, begin, size) if isinstance(source, Path) else source[begin : begin + size]
+                if stored.read(size) != wanted:
+                    yield f"{REBUILD}: {shown(plan.names[span['tensor']])} is not what the sources give"
+                    break
 
 
 def _placed(found: tuple[DType, tuple[int, ...], str]) -> str:
@@ -257,7 +288,7 @@ def _plain_tensors(
     """Compare the tensors that are no planes of a recomputed weight; yield elements compared and what is wrong."""
     for tensor in range(len(plan.names)):
         making = plan.layout.outputs.making[int(plan.layout.order[tensor])]
-        if making in (Making.SPANS, Making.COPY):
+        if making in (Making.SPANS, Making.COPY) and not _kept(plan, tensor):
             checked, problem = _check_tensor(plan, made, tensor, readers, everything)
             yield _parameters_among(plan, tensor, checked), problem
 

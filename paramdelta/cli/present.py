@@ -97,6 +97,7 @@ def merge_report(report: MergeReport) -> None:
     ]
     if report.resumed_bytes:
         rows.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
+    rows += _lossless(report.policies)
     if report.nonfinite:
         rows.append(("not finite", f"{count(len(report.nonfinite), 'tensor')} (allowed)"))
     if report.policies.get("formats"):
@@ -112,6 +113,16 @@ _WAYS = {"cached": "in the page cache", "passing": "through the page cache", "di
 def _files(ways: dict[str, int]) -> str:
     """Return how many files were reached which way: ``3 files past the page cache``."""
     return ", ".join(f"{count(n, 'file')} {_WAYS[way]}" for way, n in ways.items())
+
+
+def _lossless(policies: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a lossless delta keeps, as rows of a table."""
+    kept = policies.get("lossless")
+    if not kept:
+        return []
+    delta = f"{human_bytes(kept['delta_bytes'])}: {count(kept['f32'], 'tensor')} in f32, {kept['f64']:,} in f64"
+    more = f"{human_bytes(kept['rebuild_bytes'])}: {count(kept['whole'], 'tensor')} whole, "
+    return [("delta", delta), ("to rebuild post", more + count(kept["single_elements"], "single element"))]
 
 
 def _formats(policies: dict[str, Any]) -> str:
@@ -145,6 +156,7 @@ def plan(plan: Plan) -> None:
     ]
     if plan.policies.get("formats"):
         rows.append(("formats", _formats(plan.policies)))
+    rows += _lossless(plan.policies)
     bound = lower_bound(plan)
     if bound is not None:
         rows.append(("at least", bound))

@@ -362,6 +362,12 @@ def _kind_complaints(request: MergeRequest) -> list[Complaint]:
                 "--copy-from", "post: a delta is no weight that could be copied", "--copy-from new-base, or error"
             )
         )
+    if request.kind == "rebuild":
+        bare = MergeRequest(post=request.post, base=None, new_base=None, out=None, kind="rebuild").to_dict()
+        given = [name for name, value in request.to_dict().items() if value != bare[name]]
+        if request.more or given:
+            text = f"what is made again is what one delta was taken from, so that {', '.join(given)} cannot change it"
+            found.append(Complaint("--rebuild", text, "leave these options out, or leave out --rebuild"))
     if request.kind == "extract" and request.lossless and (request.delta_dtype or request.format):
         found.append(Complaint("--dtype", "a lossless delta is f32 or f64, as each tensor needs", "leave it out"))
     return found

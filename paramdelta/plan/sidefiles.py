@@ -22,6 +22,7 @@ RECORD = "paramdelta.json"
 RECORD_VERSION = 1
 CARD = "README.md"
 BASE_CONFIG = "base_config.json"  # of a delta's folder, whose config.json is post's
+REBUILD = "rebuild.paramdelta"  # of a lossless delta's folder: what makes post again
 _SAMPLED_BYTES = 1 << 16
 
 # One tokenizer, from one model: mixing two models' tokenizer files makes a third that nobody tested.
@@ -90,7 +91,7 @@ def carried_files(checkpoints: Mapping[str, Checkpoint]) -> tuple[list[SideFile]
             while kept in files:  # new_base may be a merge itself and hold a NAME.post already
                 kept, number = f"{name}.{role}{number if number > 1 else ''}", number + 1
             files[kept] = SideFile(name=kept, source=checkpoint.path / name, data=None, origin=role)
-    made_here = {CARD, RECORD, "config.json", BASE_CONFIG}
+    made_here = {CARD, RECORD, "config.json", BASE_CONFIG, REBUILD}
     everything = {n for c in (*posts.values(), new_base) for n in (*c.side_files, *_subfolders(c))}
     left_out = sorted(everything - set(files) - made_here)
     return [files[name] for name in sorted(files)], left_out
@@ -162,7 +163,7 @@ def model_card(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> 
     """Return the model card: metadata that the Hub reads, and what was done, in words."""
     if request.kind == "extract":
         return _card_of_delta(request, checkpoints)
-    if request.kind != "merge":
+    if request.kind == "apply":
         return _card_of_applied(request, checkpoints)
     if request.more:
         return _card_of_several(request, checkpoints)
@@ -207,21 +208,13 @@ def _card_of_delta(request: MergeRequest, checkpoints: Mapping[str, Checkpoint])
 def _card_of_applied(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> bytes:
     new_base = checkpoints["new_base"].label
     deltas = [checkpoints[roles_of(n)[0]].label for n in range(len(request.sources))]
-    if request.kind == "rebuild":
-        title = f"What the delta {deltas[0]} was taken from, made of {new_base} again"
-        weights = [f"The weights are, byte for byte, those of the model whose difference to {new_base} is {deltas[0]}."]
-    else:
-        title = f"{new_base} with {' and '.join(deltas)}"
-        weights = [
-            f"The weights are those of {new_base} plus these deltas, added in this order in binary64 and rounded once:",
-            "",
-            *(f"- `alpha · {d}` with alpha = {_scale(s)}" for d, s in zip(deltas, request.sources, strict=True)),
-        ]
     lines = [
         *_front_matter((new_base,)),
-        f"# {title}",
+        f"# {new_base} with {' and '.join(deltas)}",
         "",
-        *weights,
+        f"The weights are those of {new_base} plus these deltas, added in this order in binary64 and rounded once:",
+        "",
+        *(f"- `alpha · {d}` with alpha = {_scale(s)}" for d, s in zip(deltas, request.sources, strict=True)),
         "",
         f"Tokenizer, chat template and generation config came with {deltas[0]}. `{RECORD}` says in detail what was",
         "done; `paramdelta verify` checks it.",
