@@ -237,7 +237,8 @@ def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:
 
 def _kept(plan: Plan, tensor: int) -> bool:
     """Whether a tensor is in the file that a lossless delta keeps beside its own."""
-    return plan.work.outputs[plan.out_files[tensor]][0] == REBUILD
+    name, _ = plan.work.outputs[int(plan.out_files[tensor])]
+    return name == REBUILD
 
 
 def _kept_problems(plan: Plan, out: Path) -> Iterator[str]:

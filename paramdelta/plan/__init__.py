@@ -39,7 +39,7 @@ from paramdelta.plan.quantising import (
 from paramdelta.plan.rebuild import is_base_of, open_kept, rebuild
 from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.several import pair_all
-from paramdelta.plan.sidefiles import BASE_CONFIG, CARD, RECORD, SideFile, carried_files, model_card, record
+from paramdelta.plan.sidefiles import BASE_CONFIG, CARD, REBUILD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
 from paramdelta.plan.turning import turn_stacks
 from paramdelta.plan.work import Work
@@ -327,7 +327,7 @@ def _own_base(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
     """Yield a note where a delta is added to the very base that it was taken from."""
     for role, checkpoint in checkpoints.items():
         if is_delta(checkpoint) and not checkpoint.zeros and not is_base_of(checkpoint, checkpoints["new_base"]):
-            again = " (--rebuild makes that byte for byte)" if (checkpoint.path / lossless.REBUILD).is_file() else ""
+            again = " (--rebuild makes that byte for byte)" if (checkpoint.path / REBUILD).is_file() else ""
             which = "the delta" if role == "post" else f"delta {role.partition('_')[2]}"
             yield f"new_base is the base that {which} was taken from: at alpha 1 the result is what it led to{again}"
 

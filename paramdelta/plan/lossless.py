@@ -1,9 +1,9 @@
 """What a lossless delta keeps beside post − base, so that post can be made again, byte for byte, from base.
 
 A look at all of post and base finds which differences f32 holds exactly (the others are stored as f64, which is what
-the contract computes in), and where encode(base + delta) is not post's bits: there the bits themselves are kept. Tensors
-that are no plain floats in both, and those with many such places, are kept whole. All that is in one more file in the
-format of safetensors, whose name loaders do not look for."""
+the contract computes in), and where encode(base + delta) is not post's bits: there the bits themselves are kept.
+Tensors that are no plain floats in both, and those with many such places, are kept whole. All that is in one more file
+in the format of safetensors, whose name loaders do not look for."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def survey(pairing: Pairing, names: dict[str, Names]) -> Survey:
     for i, kind in enumerate(pairing.kinds):
         p, b = pairing.post[i], pairing.base[i]
         plain = kind == Kind.MERGED and i not in pairing.bridges and p not in post.weights and b not in base.weights
-        if plain and math.prod(pairing.shapes[i]):
+        if plain and 0 not in pairing.shapes[i]:
             found.looked[i] = _look(post.checkpoint, p, base.checkpoint, b)
     return found
 
