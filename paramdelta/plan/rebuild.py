@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta.checkpoint import Checkpoint, ShardFile
-from paramdelta.checkpoint.documents import read_json
+from paramdelta.checkpoint.documents import MAX_BYTES, read_json
 from paramdelta.checkpoint.header import Header, parse_header, read_header
 from paramdelta.checkpoint.signature import Signature
 from paramdelta.dtypes import BY_NAME, DTYPES
@@ -47,6 +47,12 @@ class Kept:
     def data(self, name: str) -> bytes:
         return read_bytes(self.file.path, self.offset(name), int(self.header.nbytes[self.rows[name]]))
 
+    def document(self, name: str) -> bytes:
+        """Return a document or a header, which is refused where it is larger than one that was read could be."""
+        if int(self.header.nbytes[self.rows[name]]) > MAX_BYTES + 8:
+            raise ValueError(f"{name} holds more than {MAX_BYTES:,} bytes")
+        return self.data(name)
+
 
 def open_kept(delta: Checkpoint) -> Kept:
     """Open that file in a delta's folder. Raises CheckpointError where the delta is not lossless, or it is damaged."""
@@ -68,12 +74,11 @@ def open_kept(delta: Checkpoint) -> Kept:
     )
     kept = Kept(file=file, header=header, rows={name: row for row, name in enumerate(header.names)}, manifest={})
     try:
-        manifest = json.loads(kept.data(MANIFEST))
+        manifest = json.loads(kept.document(MANIFEST))
         files, tensors = manifest["files"], manifest["tensors"]
-        whole = all(isinstance(name, str) and "/" not in name and name.endswith(".safetensors") for name in files)
-        if not whole or not all(
-            isinstance(row[k], str) for row in tensors.values() for k in ("delta", "base", "crc32")
-        ):
+        plain = all(isinstance(f, str) and f.endswith(".safetensors") and not set(f) & {"/", "\0"} for f in files)
+        named = all(isinstance(row[key], str) for row in tensors.values() for key in ("delta", "base", "crc32"))
+        if not plain or not named or len(set(files)) != len(files):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise _damaged(path, "has a manifest that cannot be understood") from None
@@ -99,7 +104,7 @@ def is_base_of(delta: Checkpoint, candidate: Checkpoint) -> str:
         for key, what in (("bytes", "size"), ("header_sha256", "header"), ("sample_sha256", "data")):
             if wanted.get(key) != found[key]:
                 return f"its {shown(file.name)} has another {what}"
-    return f"it has no {shown(next(iter(files)))}" if files else ""
+    return f"it has no {shown(str(next(iter(files))))}" if files else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +128,7 @@ def rebuild(names: Mapping[str, Names], kept: Kept) -> Rebuilt:
     maker = _Maker(dict(names), kept)
     try:
         return maker.run()
-    except (KeyError, ValueError, OverflowError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise _damaged(kept.file.path, f"does not fit the delta or its base: {shown(error)}") from None
 
 
@@ -143,7 +148,7 @@ class _Maker:
         manifest = self.kept.manifest
         headers, sizes = [], []
         for number, name in enumerate(manifest["files"]):
-            start = self.kept.data(HEADER + name)
+            start = self.kept.document(HEADER + name)
             size = len(start) + self.data_size(start)
             parsed = parse_header(start[8:], file_size=size, subject=name)
             headers.append(start)
@@ -180,14 +185,16 @@ class _Maker:
             self.outputs.add(name, dtype, shape, Making.SPANS, logical=i)
             count = nbytes // dtype.itemsize
             for table, there in ((self.delta.tensors, delta), (self.base.tensors, base)):
-                self.check(int(table.nbytes[there]) == count * table.dtype_of(there).itemsize, name)
+                stored = table.dtype_of(there)
+                fits = dtype.merges and stored.merges and int(table.nbytes[there]) == count * stored.itemsize
+                self.check(fits, name)
             self.summed(i, file, place, dtype.code, count, delta, base)
         self.files.append(file)
         self.offsets.append(place)
 
     def check(self, fits: bool, name: str) -> None:
         if not fits:
-            raise ValueError(f"{name} has another size")
+            raise ValueError(f"{name} has another size or type")
 
     def copied(self, i: int, file: int, place: int, offset: int, nbytes: int) -> Column:
         """Return a span that copies bytes of the kept file."""
@@ -262,7 +269,7 @@ class _Maker:
     def side_files(self) -> list[SideFile]:
         """Return the files beside the weights: those that were kept, and those that the delta carries as they were."""
         kept = {
-            name: SideFile(name=name, source=None, data=self.kept.data(FILE + name), origin="post")
+            name: SideFile(name=name, source=None, data=self.kept.document(FILE + name), origin="post")
             for name in DOCUMENTS
             if FILE + name in self.kept.rows
         }
