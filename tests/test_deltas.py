@@ -193,6 +193,29 @@ def test_what_has_no_difference_is_zeros(tmp_path: Path) -> None:
         assert np.array_equal(codes(tmp_path / "out")[name][1], wanted) or name.startswith("model.embed"), name
 
 
+def test_names_of_another_spelling(tmp_path: Path) -> None:
+    """Renames serve pairing alone: a delta has post's own names, and what it is added to new_base's."""
+    rng = np.random.default_rng(4)
+    prefixes = {"post": "language_model.", "base": "", "new_base": "model."}
+    for role, prefix in prefixes.items():
+        (tmp_path / role).mkdir()
+        tensors = {f"{prefix}{n}.weight": rng.standard_normal((4, 8)).astype(np.float32) for n in "ab"}
+        save_file(tensors, tmp_path / role / "model.safetensors")
+    pair = {"post": tmp_path / "post", "base": tmp_path / "base"}
+    post_to_base, both = r"^language_model\.=", {"rename_post": r"^language_model\.=", "rename_new_base": r"^model\.="}
+    with pytest.raises(InputError, match="--rename-base"):
+        paramdelta.extract(**pair, out=tmp_path / "d")
+    paramdelta.extract(**pair, out=tmp_path / "d", rename_post=post_to_base, dtype="f64")
+    assert set(codes(tmp_path / "d")) == {"language_model.a.weight", "language_model.b.weight"}
+    assert paramdelta.verify(tmp_path / "d", **pair, everything=True).problems == ()
+    with pytest.raises(InputError, match="--rename-post"):
+        paramdelta.apply(new_base=tmp_path / "new_base", deltas=tmp_path / "d", out=tmp_path / "out")
+    paramdelta.apply(new_base=tmp_path / "new_base", deltas=tmp_path / "d", out=tmp_path / "out", **both)
+    paramdelta.merge(**pair, new_base=tmp_path / "new_base", out=tmp_path / "merged", **both)
+    for name, (_, wanted) in codes(tmp_path / "merged").items():
+        assert np.array_equal(codes(tmp_path / "out")[name][1], wanted), name
+
+
 def test_interrupted_and_shared_extractions(
     sources: list[Folders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

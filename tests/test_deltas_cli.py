@@ -84,6 +84,8 @@ def test_what_is_in_the_wrong_place_is_named(made: Folders, tmp_path: Path) -> N
         paramdelta.apply(new_base=delta, deltas=delta, out=out)
     with pytest.raises(InputError, match="expected one of f32, bf16, f16, f64, f8, got 'int8'"):
         paramdelta.extract(post=post, base=base, out=out, dtype="int8")
+    with pytest.raises(InputError, match="paramdelta apply scales it"):
+        paramdelta.extract(post=post, base=base, out=out, alpha=0.5)
     refused = command("apply", "--new-base", new_base, "--delta", f"{delta}=much", "--out", out, "--json")
     assert refused.returncode == 2
     assert "expected a number or GLOB=number, got 'much'" in json.loads(refused.stdout)["complaints"][0]["problem"]

@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Path], None] | None, tuple[str, ...]]] 
     "llama": ("llama", None, ()),
     "qwen3-post-fp8": ("qwen3", lambda folder: quantise_fp8(folder, theirs=False), ("post",)),
     "qwen3-moe-fp8": ("qwen3-moe", lambda folder: quantise_fp8(folder, theirs=False), ("post", "base", "new_base")),
+    "gpt-oss-mxfp4": ("gpt-oss", quantise_gpt_oss, ("post", "base", "new_base")),
     "gpt-oss-new-base-mxfp4": ("gpt-oss", quantise_gpt_oss, ("new_base",)),
 }
 

@@ -368,6 +368,8 @@ def _kind_complaints(request: MergeRequest) -> list[Complaint]:
         if request.more or given:
             text = f"what is made again is what one delta was taken from, so that {', '.join(given)} cannot change it"
             found.append(Complaint("--rebuild", text, "leave these options out, or leave out --rebuild"))
+    if request.kind == "extract" and request.alphas != (AlphaRule("*", 1.0),):
+        found.append(Complaint("--alpha", "a delta is extracted as it is", "paramdelta apply scales it"))
     if request.kind == "extract" and request.lossless and (request.delta_dtype or request.format):
         found.append(Complaint("--dtype", "a lossless delta is f32 or f64, as each tensor needs", "leave it out"))
     return found
