@@ -1,5 +1,5 @@
-"""The tokens of a checkpoint: which text has which id, read from tokenizer.json through the tokenizers library, and what
-else decides whether a token of one tokenizer is the same thing in another (how spaces are spelled, how text is
+"""The tokens of a checkpoint: which text has which id, read from tokenizer.json through the tokenizers library, and
+what else decides whether a token of one tokenizer is the same thing in another (how spaces are spelled, how text is
 normalised)."""
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def read_tokens(folder: Path) -> Tokens:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        _fail("--vocab align", "reads tokenizers through the tokenizers library", "pip install 'paramdelta[tokenizers]'")
+        _fail(
+            "--vocab align", "reads tokenizers through the tokenizers library", "pip install 'paramdelta[tokenizers]'"
+        )
     try:
         tokenizer = Tokenizer.from_buffer(read_document(path))
     except FileNotFoundError:

@@ -105,10 +105,16 @@ def policies(function: F) -> F:
             ),
             click.option(
                 "--vocab",
-                type=click.Choice(["error", "extend"]),
+                type=click.Choice(["error", "extend", "align"]),
                 default="error",
                 show_default=True,
-                help="Where vocabularies differ in size: an error, or as many rows as the larger of post and new_base.",
+                help="Where vocabularies differ: an error; extend: as many rows as the larger of post and new_base; "
+                "align: rows are paired by token, from the three tokenizer.json.",
+            ),
+            click.option(
+                "--tokenizer",
+                type=click.Choice(["post", "new-base"]),
+                help="Whose tokenizer the output has under --vocab align (default: post).",
             ),
             click.option(
                 "--stacks",

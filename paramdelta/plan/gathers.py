@@ -3,7 +3,7 @@ with each row of the output, and the spans that this makes, one per run of rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,9 +41,9 @@ class Gather:
         """Return all columns."""
         return [self.new_base, *(column for pair in self.deltas.values() for column in pair)]
 
-    def in_place(self, rows: int) -> bool:
-        """Whether every operand has just the rows of the output, in their order; ``rows`` are new_base's."""
-        order = np.arange(rows)
+    def in_place(self) -> bool:
+        """Whether the rows of every operand are those of the output, in their order."""
+        order = np.arange(len(self.new_base))
         return all(np.array_equal(column, order) for column in self.columns())
 
     def starts(self) -> Column:
