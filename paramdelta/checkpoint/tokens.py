@@ -61,7 +61,8 @@ def read_tokens(folder: Path) -> Tokens:
         _fail(str(path), f"is no tokenizer that the tokenizers library reads: {shown(str(error))}")
     added = tokenizer.get_added_tokens_decoder()
     ids = {token.content: number for number, token in sorted(added.items())}
-    ids |= {text: number for text, number in tokenizer.get_vocab(with_added_tokens=True).items() if text not in ids}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)  # in an order that differs from process to process
+    ids |= {text: number for number, text in sorted((n, t) for t, n in vocabulary.items()) if text not in ids}
     end = max(ids.values(), default=0)
     if end >= _MOST_TOKENS:
         _fail(str(path), f"has a token with the id {end:,}; the most allowed is {_MOST_TOKENS - 1:,}")
