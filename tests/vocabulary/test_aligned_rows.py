@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plan_folders import read, same
+from plan_folders import read, same, write
 from safetensors.numpy import load_file
 from vocabulary_folders import (
     EMBED,
@@ -167,8 +167,6 @@ def test_a_head_for_fewer_tokens(tmp_path: Path) -> None:
     """Where a table has fewer rows than there are tokens, those beyond are lacking in it, and in it alone."""
     made = sources(tmp_path, three_tokenizers(), tied=True)
     short = {role: {**t, HEAD: t[EMBED][:-2].copy()} for role, t in made.tensors.items()}
-    from plan_folders import write
-
     for role, tensors in short.items():
         config = {"model_type": "llama", "vocab_size": len(tensors[EMBED]), "tie_word_embeddings": False}
         files = {"tokenizer.json": json.dumps(made.tokenizers[role])}
@@ -246,8 +244,6 @@ def test_copied_rows_of_other_tokens_are_refused(tmp_path: Path) -> None:
     made = sources(tmp_path, three_tokenizers())
     tensors = dict(made.tensors["new_base"])
     del tensors["lm_head.bias"]
-    from plan_folders import write
-
     files = {"tokenizer.json": json.dumps(made.tokenizers["new_base"])}
     made.folders["new_base"] = write(tmp_path / "without", tensors, files=files)
     with pytest.raises(InputError, match="would copy rows in the order of post's tokens"):
