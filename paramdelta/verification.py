@@ -23,7 +23,7 @@ from paramdelta.errors import CheckpointError, Complaint, InputError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan import Kind, MergeRequest, Plan, make_request
 from paramdelta.plan.deltas import Folders
-from paramdelta.plan.gathers import AS_NEW_BASE, ZEROS, Gather
+from paramdelta.plan.gathers import AS_START, IN_NEW_BASE, ZEROS, Gather
 from paramdelta.plan.outputs import Making
 from paramdelta.plan.pairing import NONE
 from paramdelta.plan.sidefiles import RECORD, with_checksums
@@ -330,16 +330,17 @@ def _gathered(
                 codes[at : at + len(run)] = found.reshape(len(run), width)
         return reference.Array(codes.reshape(-1), stored)
 
-    # What post lacks has no delta; of base it matters whether new_base's row stands for the one it lacks.
+    # What post lacks has no delta; of base it matters whether the row that the sum starts from stands for its own.
     pairs = [tuple(column[first:last] for column in gather.deltas[d.number]) for d in deltas]
-    states = np.array([np.where(post == ZEROS, 0, np.where(base == AS_NEW_BASE, 2, 1)) for post, base in pairs])
-    states = states.reshape(len(deltas), last - first)
+    kinds = [np.where(post == ZEROS, 0, np.where(base == AS_START, 2, 1)) for post, base in pairs]
+    states = np.array([gather.start_in[first:last], *kinds])
+    starts = {d.number: (d.base_role, d.base) for d in deltas} | {IN_NEW_BASE: ("new_base", plan.pairing.new_base[i])}
     out = np.zeros((last - first, width), np.dtype(f"u{dtype.itemsize}"))
-    for state in np.unique(states, axis=1).T if deltas else np.zeros((1, 0), np.int64):
+    for state in np.unique(states, axis=1).T:
         chosen = (states == state[:, None]).all(axis=0)
-        start = rows_of("new_base", plan.pairing.new_base[i], gather.new_base[first:last][chosen])
+        start = rows_of(*starts[int(state[0])], gather.start[first:last][chosen])
         terms = []
-        for d, (in_post, in_base), kind in zip(deltas, pairs, state.tolist(), strict=True):
+        for d, (in_post, in_base), kind in zip(deltas, pairs, state[1:].tolist(), strict=True):
             if kind:
                 post = rows_of(d.post_role, d.post, in_post[chosen])
                 base = start if kind == 2 else rows_of(d.base_role, d.base, in_base[chosen])

@@ -57,7 +57,9 @@ def read_tokens(folder: Path) -> Tokens:
         )
     except OSError as error:
         _fail(str(path), f"cannot be read: {error.strerror}", remedy_of(error))
-    except ValueError as error:
+    except BaseException as error:  # a panic of the library is no Exception
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
         _fail(str(path), f"is no tokenizer that the tokenizers library reads: {shown(str(error))}")
     added = tokenizer.get_added_tokens_decoder()
     ids = {token.content: number for number, token in sorted(added.items())}

@@ -309,10 +309,11 @@ def _quant_file(quant_config: QuantConfig, new_base: Checkpoint) -> list[SideFil
 
 def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str], stored: Stored) -> dict[str, Any]:
     counts = {kind: sum(k == kind for k in pairing.kinds) for kind in Kind}
+    moved = sum(pairing.posts(i) == 0 for i in pairing.gathers)  # new_base's rows in another order
     return {
         "tensors": {
-            "merged": counts[Kind.MERGED] + counts[Kind.EXTENDED],
-            "copied_from_new_base": counts[Kind.FROM_NEW_BASE],
+            "merged": counts[Kind.MERGED] + counts[Kind.EXTENDED] - moved,
+            "copied_from_new_base": counts[Kind.FROM_NEW_BASE] + moved,
             "copied_from_post": counts[Kind.FROM_POST],
         },
         "formats": dict(Counter(f.name for f in stored.formats if f is not None)),

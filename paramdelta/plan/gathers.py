@@ -14,7 +14,8 @@ from paramdelta.dtypes import DTYPES, DType
 from paramdelta.plan.work import SPAN, TERM, Rows
 
 ZEROS = -1  # the operand has no such row: zeros
-AS_NEW_BASE = -2  # base has no such row: new_base's stands in
+AS_START = -2  # base has no such row: what the sum starts from stands in
+IN_NEW_BASE = -1  # the sum starts from a row of new_base, and not from one of a delta's base
 _NO_FILE = -1
 
 Column = NDArray[np.int64]
@@ -30,26 +31,29 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
-    """The rows of the operands, for each row of the output. ``new_base`` holds rows or ZEROS; ``deltas`` gives, by the
-    number of a delta, columns for post (ZEROS where the delta adds nothing) and base (ZEROS or AS_NEW_BASE where it has
-    no row)."""
+    """The rows of the operands, for each row of the output. ``start`` holds what the sum starts from, rows or ZEROS,
+    and ``start_in`` where those rows lie: IN_NEW_BASE, or the number of a delta, in whose base. ``deltas`` gives, by the
+    number of a delta, columns for post (ZEROS where the delta adds nothing) and base (ZEROS or AS_START where it has no
+    row)."""
 
-    new_base: Column
+    start: Column
+    start_in: Column
     deltas: dict[int, tuple[Column, Column]]
 
     def columns(self) -> list[Column]:
-        """Return all columns."""
-        return [self.new_base, *(column for pair in self.deltas.values() for column in pair)]
+        """Return all columns of rows."""
+        return [self.start, *(column for pair in self.deltas.values() for column in pair)]
 
     def in_place(self) -> bool:
         """Whether the rows of every operand are those of the output, in their order."""
-        order = np.arange(len(self.new_base))
-        return all(np.array_equal(column, order) for column in self.columns())
+        order = np.arange(len(self.start))
+        alike = all(np.array_equal(column, order) for column in self.columns())
+        return alike and bool((self.start_in == IN_NEW_BASE).all())
 
     def starts(self) -> Column:
         """Return the first row of each run of rows that follow each other, or are lacking, in every operand."""
-        rows = len(self.new_base)
-        breaks = np.zeros(max(rows - 1, 0), bool)
+        rows = len(self.start)
+        breaks = np.diff(self.start_in) != 0
         for column in self.columns():
             breaks |= np.diff(column) != (column[:-1] >= 0)
         return np.concatenate([np.zeros(min(rows, 1), np.int64), np.flatnonzero(breaks) + 1])
@@ -64,7 +68,8 @@ def extended(rows: int, new_base: int, deltas: dict[int, tuple[int, int]]) -> Ga
         return np.where(order < count, order, ZEROS)
 
     return Gather(
-        new_base=have(new_base),
+        start=have(new_base),
+        start_in=np.full(rows, IN_NEW_BASE),
         deltas={number: (have(post), have(min(post, base))) for number, (post, base) in deltas.items()},
     )
 
@@ -80,13 +85,18 @@ def gathered_spans(
     """Return the spans and terms that replace the one ``span`` of a tensor with rows of ``width`` elements. ``deltas``
     are (number, alpha, post, base); the terms will be numbered from ``first_term``."""
     starts = gather.starts()
-    ends = np.append(starts[1:], len(gather.new_base))
+    ends = np.append(starts[1:], len(gather.start))
     out: DType = DTYPES[span["out_dtype"]]
     spans = np.empty(len(starts), SPAN)
     spans[:] = span
     spans["out_offset"] += starts * width * out.itemsize
     spans["count"] = (ends - starts) * width
-    _set(spans, "new", gather.new_base[starts], width, new_base)
+    _set(spans, "new", gather.start[starts], width, new_base)
+    for number, _, _, base in deltas:
+        chosen = gather.start_in[starts] == number
+        own = spans[chosen]
+        _set(own, "new", gather.start[starts][chosen], width, base)
+        spans[chosen] = own
     rows = [tuple(column[starts] for column in gather.deltas[number]) for number, *_ in deltas]
     added = np.array([post != ZEROS for post, _ in rows]).reshape(len(rows), len(starts))
     counts = added.sum(axis=0)
@@ -100,7 +110,7 @@ def gathered_spans(
         own["alpha"] = alpha
         _set(own, "post", in_post[mine], width, post)
         _set(own, "base", in_base[mine], width, base)
-        stand_in = in_base[mine] == AS_NEW_BASE
+        stand_in = in_base[mine] == AS_START
         for part in ("file", "offset", "dtype"):
             own[f"base_{part}"][stand_in] = spans[f"new_{part}"][mine][stand_in]
         terms[at[mine]] = own

@@ -100,6 +100,10 @@ class Pairing:
             return False
         return self.alphas[i] != 0.0 or any(further.alphas[i] != 0.0 for further in self.more)
 
+    def posts(self, i: int) -> int:
+        """Return how many deltas a tensor was paired for, whatever their alphas."""
+        return sum(rows[i] != NONE for rows in (self.post, *(further.post for further in self.more)))
+
     def deltas(self, i: int) -> list[Delta]:
         """Return what is added to a tensor, in order."""
         if not self.adds(i):

@@ -3,11 +3,12 @@
 The text of a token is its key. The output has the tokenizer of post or of new_base, and as many rows as that
 checkpoint's tensors. For each of its tokens
 
-    acc = new_base's row, or zeros where new_base lacks the token
-    acc = acc + alpha · (post's row − base's row)                      for each delta whose post has the token
+    acc = new_base's row
+    acc = acc + alpha · (post's row − base's row)       for each delta whose post has the token
 
-where base lacks the token, what acc started from stands for base's row: the delta leads from there to post's row, so
-that with alpha = 1 the output has post's row (to one rounding). Rows without a token, which pad a vocabulary, are
+Where one of base and new_base lacks the token, the other's row stands for it, and zeros where both do: the delta leads
+from there to post's row, so that with alpha = 1 the output has post's row (to one rounding). Of several bases it is the
+first that has the token, of those whose post has it too. Rows without a token, which pad a vocabulary, are
 paired by number with rows that have none either. A token whose id lies beyond the rows of a tensor is lacking there.
 """
 
@@ -23,7 +24,7 @@ from paramdelta.checkpoint.documents import read_json
 from paramdelta.checkpoint.tokens import Tokens, read_tokens
 from paramdelta.errors import CheckpointError, Complaint, shown
 from paramdelta.plan.deltas import roles_of
-from paramdelta.plan.gathers import AS_NEW_BASE, ZEROS, Column, Gather, extended
+from paramdelta.plan.gathers import AS_START, IN_NEW_BASE, ZEROS, Column, Gather, extended
 from paramdelta.plan.naming import Names, grouped
 from paramdelta.plan.pairing import NONE, Kind, Pairing
 from paramdelta.plan.request import MergeRequest
@@ -69,13 +70,18 @@ class Alignment:
         """Return what is paired in a tensor of ``rows`` output rows, where new_base, and post and base of each delta,
         have so many."""
         start = self.column("new_base", rows, new_base)
-        found = {}
+        start_in = np.full(rows, IN_NEW_BASE)
+        pairs = {}
         for number, (in_post, in_base) in deltas.items():
             post_role, base_role = roles_of(number)
             post, base = self.column(post_role, rows, in_post), self.column(base_role, rows, in_base)
-            base = np.where((base == ZEROS) & (start != ZEROS), AS_NEW_BASE, base)
-            found[number] = (post, np.where(post == ZEROS, ZEROS, base))
-        return Gather(new_base=start, deltas=found)
+            instead = (start == ZEROS) & (base != ZEROS) & (post != ZEROS)
+            start, start_in = np.where(instead, base, start), np.where(instead, number, start_in)
+            pairs[number] = (post, base)
+        for number, (post, base) in pairs.items():
+            base = np.where((base == ZEROS) & (start != ZEROS), AS_START, base)
+            pairs[number] = (post, np.where(post == ZEROS, ZEROS, base))
+        return Gather(start=start, start_in=start_in, deltas=pairs)
 
     def translated(self, role: str, number: int) -> int | None:
         """Return the output's id for an id of a checkpoint, None where its token is none of the output's. Numbers that
@@ -266,8 +272,8 @@ def describe(alignment: Alignment, pairing: Pairing) -> dict[str, Any]:
 
 
 def _listed(alignment: Alignment, chosen: Any) -> dict[str, Any]:
-    role = alignment.role
-    return _counted(alignment.text(role, number) for number in np.flatnonzero(chosen).tolist())
+    texts = [alignment.text(alignment.role, number) for number in np.flatnonzero(chosen).tolist()]
+    return _counted(sorted(texts, key=lambda text: text not in alignment.out.special))  # special ones matter most
 
 
 def _counted(texts: Iterable[str]) -> dict[str, Any]:
@@ -291,11 +297,11 @@ def warnings_of(alignment: Alignment, pairing: Pairing, checkpoints: dict[str, C
         if tokens.normaliser != out.normaliser:
             yield f"the tokenizers of {role} and {alignment.role} normalise text differently before they split it"
     for i, gather in pairing.gathers.items():
-        rows, name = len(gather.new_base), shown(pairing.names[i])
+        rows, name = len(gather.start), shown(pairing.names[i])
         beyond = sum(number >= rows for number in out.ids.values())
         if beyond:
             yield f"{name} has {rows:,} rows, and none for {beyond:,} tokens of {alignment.role}'s tokenizer"
-        nothing = gather.new_base == ZEROS
+        nothing = gather.start == ZEROS
         for post, _ in gather.deltas.values():
             nothing &= post == ZEROS
         count = int((nothing & _fitted(alignment.named[alignment.role], rows, False)).sum())

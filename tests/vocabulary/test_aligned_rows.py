@@ -49,7 +49,7 @@ def merge(made: Sources, out: Path, **options: Any) -> Any:
 
 
 def verified(made: Sources, out: Path) -> None:
-    """Verify a folder against its sources, all elements, and see that one changed row is found."""
+    """Verify a folder against its sources, all elements."""
     report = paramdelta.verify(out, **folder_options(made), everything=True)
     assert report.problems == ()
     assert report.fraction == 1.0
@@ -161,6 +161,7 @@ def test_without_a_delta_rows_still_follow_the_tokenizer(tmp_path: Path, options
             assert same(merged[name][number], row)
     assert any(f"{len(lacking)} tokens that new_base lacks get rows of zeros" in text for text in report.warnings)
     verified(made, tmp_path / "out")
+    assert report.policies["tensors"]["merged"] == (1 if "exclude" in options else 4)
 
 
 def test_a_head_for_fewer_tokens(tmp_path: Path) -> None:
@@ -218,8 +219,14 @@ def test_tokenizers_that_share_little_are_refused(tmp_path: Path) -> None:
         (lambda path: path.write_text("{}"), "is no tokenizer that the tokenizers library reads"),
         (lambda path: path.write_bytes(b"\xff"), "is no tokenizer that the tokenizers library reads"),
         (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
+        (
+            lambda path: path.write_text(
+                '{"model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}}'
+            ),
+            "has a token with the id 4,294,967,295; the most allowed is 16,777,215",
+        ),
     ],
-    ids=["missing", "empty", "no text", "folder"],
+    ids=["missing", "empty", "no text", "folder", "large id"],
 )
 def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, spoil: Any, text: str) -> None:
     made = sources(tmp_path, three_tokenizers())

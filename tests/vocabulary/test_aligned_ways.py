@@ -20,7 +20,7 @@ import paramdelta
 from paramdelta import engine, gathering, merging, resuming
 from paramdelta.errors import InputError
 from paramdelta.plan import make_request
-from paramdelta.plan.gathers import AS_NEW_BASE, ZEROS, Gather
+from paramdelta.plan.gathers import AS_START, IN_NEW_BASE, ZEROS, Gather
 from paramdelta.ranks import Rank
 
 
@@ -35,7 +35,7 @@ def made(tmp_path: Path) -> Sources:
 
 def command(made: Sources, *more: str) -> subprocess.CompletedProcess[str]:
     folders = [f"--{role.replace('_', '-')}={path}" for role, path in made.folders.items()]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "400"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(
         [sys.executable, "-m", "paramdelta", *more, *folders, "--vocab=align"],
         capture_output=True,
@@ -88,7 +88,7 @@ def test_cut_short_and_continued(made: Sources, tmp_path: Path, monkeypatch: pyt
 def test_the_plan_says_what_is_paired(made: Sources) -> None:
     done = command(made, "plan")
     assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.split())
+    text = " ".join(done.stdout.replace("│", " ").split())
     found = json.loads(command(made, "plan", "--json").stdout)["policies"]["vocabulary"]
     (delta,) = found["deltas"]
     assert f"post's, {found['tokens']} tokens" in text
@@ -174,9 +174,12 @@ def test_a_chat_template_that_is_lost_is_told(tmp_path: Path) -> None:
 def test_runs_of_rows() -> None:
     new = np.array([0, 1, 2, 3, ZEROS, ZEROS, 9, 10])
     post = np.array([5, 6, 7, ZEROS, 1, 2, 3, 4])
-    base = np.array([5, 6, AS_NEW_BASE, ZEROS, ZEROS, ZEROS, AS_NEW_BASE, AS_NEW_BASE])
-    assert Gather(new_base=new, deltas={0: (post, base)}).starts().tolist() == [0, 2, 3, 4, 6]
-    assert Gather(new_base=new[:0], deltas={}).starts().tolist() == []
+    base = np.array([5, 6, AS_START, ZEROS, ZEROS, ZEROS, AS_START, AS_START])
+    here = np.full(8, IN_NEW_BASE)
+    assert Gather(start=new, start_in=here, deltas={0: (post, base)}).starts().tolist() == [0, 2, 3, 4, 6]
+    here[1] = 0
+    assert Gather(start=new, start_in=here, deltas={0: (post, base)}).starts().tolist() == [0, 1, 2, 3, 4, 6]
+    assert Gather(start=new[:0], start_in=here[:0], deltas={}).starts().tolist() == []
 
 
 def fp8_embedding(made: Sources) -> None:

@@ -21,6 +21,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers of these tests
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BF16 = ml_dtypes.bfloat16
+_TYPES = {2: "bf16", 4: "f32"}
 _TEXT = (
     "the quick brown fox jumps over the lazy dog while the other dogs sleep near the river",
     "a delta is a difference between two checkpoints and the differences are added to another checkpoint",
@@ -90,24 +91,25 @@ class Sources:
 
     def expected(self, name: str, text: str, alpha: Sequence[float] = (1.0,)) -> np.ndarray[Any, Any]:
         """Return the row that a token must have in the output, by the reference."""
-        new = self.row("new_base", name, text)
-        width = self.tensors["new_base"][name].shape[1:]
-        start = np.zeros(width, self.tensors["new_base"][name].dtype) if new is None else new
-        terms = []
-        for number, scale in enumerate(alpha):
-            suffix = "" if number == 0 else f"_{number + 1}"
-            post, base = (self.row(f"{role}{suffix}", name, text) for role in ("post", "base"))
-            if post is not None:
-                terms.append(reference.Term(_array(post), _array(start if base is None else base), scale))
-        merged = reference.merge(_array(start), terms, _array(start).dtype, int(np.prod(width)))
-        return merged.codes.view(start.dtype).reshape(width)
+        table = self.tensors["new_base"][name]
+        suffixes = ["", *(f"_{number}" for number in range(2, len(alpha) + 1))]
+        pairs = [(self.row(f"post{s}", name, text), self.row(f"base{s}", name, text)) for s in suffixes]
+        starts = [self.row("new_base", name, text), *(base for post, base in pairs if post is not None)]
+        start = next((row for row in starts if row is not None), np.zeros_like(table[0]))
+        terms = [
+            reference.Term(_array(post), _array(start if base is None else base), scale)
+            for (post, base), scale in zip(pairs, alpha, strict=True)
+            if post is not None
+        ]
+        merged = reference.merge(_array(start), terms, BY_NAME[_TYPES[table.itemsize]], int(np.prod(table.shape[1:])))
+        return merged.codes.view(table.dtype).reshape(table.shape[1:])
 
     def __post_init__(self) -> None:
         self.ids_by_role = {role: self.ids(role) for role in self.tokenizers}
 
 
 def _array(values: np.ndarray[Any, Any]) -> reference.Array:
-    dtype = BY_NAME[{2: "bf16", 4: "f32"}[values.dtype.itemsize]]
+    dtype = BY_NAME[_TYPES[values.itemsize]]
     return reference.Array(np.ascontiguousarray(values).reshape(-1).view(reference.code_type(dtype)), dtype)
 
 
