@@ -32,9 +32,9 @@ class Place(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Gather:
     """The rows of the operands, for each row of the output. ``start`` holds what the sum starts from, rows or ZEROS,
-    and ``start_in`` where those rows lie: IN_NEW_BASE, or the number of a delta, in whose base. ``deltas`` gives, by the
-    number of a delta, columns for post (ZEROS where the delta adds nothing) and base (ZEROS or AS_START where it has no
-    row)."""
+    and ``start_in`` where those lie: IN_NEW_BASE, or the number of a delta, in whose base. ``deltas`` gives, by the
+    number of a delta, columns for post (ZEROS where the delta adds nothing) and base (ZEROS or AS_START where it has
+    no row)."""
 
     start: Column
     start_in: Column
