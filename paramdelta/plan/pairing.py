@@ -80,7 +80,7 @@ class Pairing:
     )  # of tensors whose parts lie elsewhere in post or base
     more: list[Further] = field(default_factory=list)
     gathers: dict[int, Gather] = field(default_factory=dict)  # of extended tensors: which rows go together
-    aligned: list[str] = field(default_factory=list)  # whose rows were paired by token
+    aligned: list[int] = field(default_factory=list)  # tensors whose rows were paired by token
 
     def add(
         self, name: str, kind: Kind, shape: tuple[int, ...], new: int, post: int, base: int, alpha: float = 0.0

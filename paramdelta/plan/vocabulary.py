@@ -32,6 +32,7 @@ from paramdelta.plan.request import MergeRequest
 # Tokenizers that share less of the smaller one's tokens are of different families: most rows would have no partner.
 SMALLEST_SHARE = 0.5
 MOST_LISTED = 100
+_CONFIG = "tokenizer_config.json"
 
 
 class Alignment:
@@ -95,11 +96,6 @@ class Alignment:
         """Return the text of an id, or the id where it has none."""
         return next(iter(self.texts[role].get(number, ())), str(number))
 
-    @property
-    def moves(self) -> bool:
-        """Whether any two tokenizers give the same text another id, or one of them lacks it."""
-        return any(tokens.ids != self.out.ids for tokens in self.tokens.values())
-
 
 def settle(
     request: MergeRequest, pairing: Pairing, names: dict[str, Names], wrong: list[Complaint]
@@ -125,7 +121,7 @@ def settle(
             continue
         new_base, deltas = _heights(pairing, names, i)
         gather = alignment.gather(rows, new_base, deltas)
-        pairing.aligned.append(pairing.names[i])
+        pairing.aligned.append(i)
         heights = {rows, new_base, *(height for pair in deltas.values() for height in pair)}
         if len(heights) == 1 and gather.in_place():
             pairing.kinds[i] = Kind.MERGED if pairing.post[i] != NONE or deltas else Kind.FROM_NEW_BASE
@@ -200,8 +196,20 @@ def _has_template(checkpoint: Checkpoint) -> bool:
     """Whether a folder has a chat template: a file of its own, or a field of the tokenizer's config."""
     if any(name.startswith("chat_template.") for name in checkpoint.side_files):
         return True
-    there = "tokenizer_config.json" in checkpoint.side_files
-    return there and bool(read_json(checkpoint.path, "tokenizer_config.json", []).get("chat_template"))
+    return bool(_tokenizer_config(checkpoint).get("chat_template"))
+
+
+def _unlisted(checkpoint: Checkpoint, tokens: Tokens) -> list[str]:
+    """Return the texts of added tokens that only tokenizer_config.json knows."""
+    added = _tokenizer_config(checkpoint).get("added_tokens_decoder")
+    entries = added.values() if isinstance(added, dict) else []
+    texts = [entry.get("content") for entry in entries if isinstance(entry, dict)]
+    return [text for text in texts if isinstance(text, str) and text not in tokens.ids]
+
+
+def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    there = _CONFIG in checkpoint.side_files
+    return read_json(checkpoint.path, _CONFIG, []) if there else {}
 
 
 def _is_quantised(pairing: Pairing, names: dict[str, Names], i: int) -> bool:
@@ -259,8 +267,7 @@ def describe(alignment: Alignment, pairing: Pairing) -> dict[str, Any]:
         "tokenizer": alignment.role,
         "tokens": len(alignment.out.ids),
         "alphabets": {role: tokens.alphabet for role, tokens in alignment.tokens.items()},
-        "tensors": list(pairing.aligned),
-        "rows": {name: pairing.shapes[i][0] for i, name in enumerate(pairing.names) if name in set(pairing.aligned)},
+        "tensors": {pairing.names[i]: pairing.shapes[i][0] for i in pairing.aligned},
         "deltas": deltas,
         "left_out": {
             role: _counted(text for text in tokens.ids if text not in alignment.out.ids)
@@ -292,6 +299,12 @@ def warnings_of(alignment: Alignment, pairing: Pairing, checkpoints: dict[str, C
     ):
         yield "post has a chat template, but the output has new_base's tokenizer files, which have none"
     for role, tokens in alignment.tokens.items():
+        unlisted = _unlisted(checkpoints[role], tokens)
+        if unlisted:
+            yield (
+                f"{role}: tokenizer_config.json adds {len(unlisted):,} tokens that tokenizer.json lacks; their rows "
+                f"count as rows without a token: {', '.join(shown(repr(text)) for text in unlisted[:5])}"
+            )
         if tokens.alphabet != out.alphabet:
             yield f"tokenizers spell text differently: {role}: {tokens.alphabet}; {alignment.role}: {out.alphabet}"
         if tokens.normaliser != out.normaliser:

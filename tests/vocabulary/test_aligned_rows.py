@@ -16,9 +16,11 @@ from vocabulary_folders import (
     HEAD,
     Sources,
     folder_options,
+    reordered,
     sources,
     three_tokenizers,
     trained,
+    unigram,
     variant,
 )
 
@@ -99,7 +101,7 @@ def test_what_is_told(tmp_path: Path) -> None:
     assert "<|user|>" in delta["not_in_new_base"]["tokens"]
     assert "<|only post|>" in delta["only_in_post"]["tokens"]
     assert set(found["left_out"]["new_base"]["tokens"]) == {t for t in new if t not in post}
-    assert sorted(found["tensors"]) == sorted(TABLES)
+    assert found["tensors"] == dict.fromkeys(sorted(TABLES), len(made.tensors["post"][EMBED]))
     recorded = json.loads((tmp_path / "out" / "paramdelta.json").read_text())
     assert recorded["policies"]["vocabulary"] == found
     assert (recorded["request"]["vocab"], recorded["request"]["tokenizer"]) == ("align", "post")
@@ -195,6 +197,33 @@ def test_a_square_matrix_is_no_vocabulary(tmp_path: Path) -> None:
     made = sources(tmp_path / "2", by_role, extra=extra, configs=configs)
     found = merge(made, tmp_path / "2" / "out").policies["vocabulary"]["tensors"]
     assert sorted(found) == sorted(TABLES)
+
+
+def test_words_without_bytes(tmp_path: Path) -> None:
+    """Tokenizers of another kind: Unigram with ▁ for a space, as SentencePiece has it."""
+    first = unigram()
+    by_role = {role: reordered(first, seed) for seed, role in enumerate(("post", "base", "new_base"))}
+    made = sources(tmp_path, by_role)
+    report = merge(made, tmp_path / "out")
+    found = report.policies["vocabulary"]
+    assert found["alphabets"]["post"] == "Unigram, ▁ for a space"
+    assert found["deltas"][0]["moved"] > len(made.ids("post")) // 2
+    check(made, tmp_path / "out", "post")
+    assert report.warnings == tuple(text for text in report.warnings if "sample" in text)
+
+
+def test_other_normalisers_and_spellings_are_told(tmp_path: Path) -> None:
+    by_role = {role: dict(t) for role, t in three_tokenizers().items()}
+    by_role["base"]["normalizer"] = {"type": "Lowercase"}
+    by_role["new_base"]["model"] = {**by_role["new_base"]["model"], "byte_fallback": True}
+    made = sources(tmp_path, by_role)
+    config = {"added_tokens_decoder": {"900": {"content": "<|late|>"}, "0": {"content": "<s>"}}}
+    (made.folders["base"] / "tokenizer_config.json").write_text(json.dumps(config))
+    text = "\n".join(merge(made, tmp_path / "out").warnings)
+    assert "the tokenizers of base and post normalise text differently" in text
+    assert "new_base: BPE, bytes as letters, Ġ for a space, bytes as <0xNN>; post: BPE, bytes as letters" in text
+    assert "base: tokenizer_config.json adds 1 tokens that tokenizer.json lacks" in text
+    check(made, tmp_path / "out", "post")
 
 
 def test_tokenizers_that_share_little_are_refused(tmp_path: Path) -> None:

@@ -67,6 +67,28 @@ def variant(
     return dict(made)
 
 
+def unigram(size: int = 120) -> dict[str, Any]:
+    """Return the JSON of a Unigram tokenizer that spells spaces as SentencePiece does."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    return dict(json.loads(tokenizer.to_str()))
+
+
+def reordered(source: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return a Unigram tokenizer with other ids."""
+    made = json.loads(json.dumps(source))
+    pieces = [made["model"]["vocab"][i] for i in np.random.default_rng(seed).permutation(len(made["model"]["vocab"]))]
+    numbers = {text: number for number, (text, _) in enumerate(pieces)}
+    made["model"] |= {"vocab": pieces, "unk_id": numbers["<unk>"]}
+    made["added_tokens"] = [{**t, "id": numbers[t["content"]]} for t in made["added_tokens"]]
+    return dict(made)
+
+
 def ids_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """Return the id of every token, as the library reads the tokenizer."""
     return dict(tokenizers.Tokenizer.from_str(json.dumps(tokenizer)).get_vocab(with_added_tokens=True))
