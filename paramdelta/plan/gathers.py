@@ -22,7 +22,7 @@ Column = NDArray[np.int64]
 
 
 class Place(NamedTuple):
-    """Where a stored tensor lies: its input file, the offset there, and its type."""
+    """Where a stored tensor lies: its input file (−1: it is zeros), the offset there, and its type."""
 
     file: int
     offset: int
@@ -119,7 +119,7 @@ def gathered_spans(
 
 def _set(target: Rows, prefix: str, rows: Column, width: int, place: Place) -> None:
     """Fill the file, offset and dtype columns ``prefix_*`` with where rows of a tensor lie."""
-    there = rows >= 0
+    there = (rows >= 0) & (place.file != _NO_FILE)
     target[f"{prefix}_file"] = np.where(there, place.file, _NO_FILE)
     target[f"{prefix}_offset"] = np.where(there, place.offset + rows * width * place.dtype.itemsize, 0)
     target[f"{prefix}_dtype"] = place.dtype.code
