@@ -62,9 +62,9 @@ def merge(
         folder without its sources
     on_progress : called with (bytes read, bytes written) about ten times a second
     **policies : the fields of :class:`paramdelta.plan.MergeRequest`: ``alpha``, ``include``, ``exclude``,
-        ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``dtype``, ``format``,
-        ``block_size``, ``scale_type``, ``no_quantise``, ``scale_policy``, ``activation_scales``, ``max_shard_size``,
-        ``allow_unscaled``, ``allow_nonfinite``, ``max_quant_error``, ``overwrite``
+        ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``tokenizer``, ``dtype``,
+        ``format``, ``block_size``, ``scale_type``, ``no_quantise``, ``scale_policy``, ``activation_scales``,
+        ``max_shard_size``, ``allow_unscaled``, ``allow_nonfinite``, ``max_quant_error``, ``overwrite``
 
     Returns
     -------

@@ -19,6 +19,7 @@ Examples
   paramdelta merge ... --alpha 0.7 --alpha 'lm_head*=0'
   paramdelta merge --post Chat --base Base --post Maths --base Base \\
                    --alpha 1:0.8 --alpha 2:0.5 --new-base Base-v2 --out mixed
+  paramdelta merge ... --vocab align --tokenizer new-base
   paramdelta plan ...      the same, but only say what would happen
 \b
 Exit codes

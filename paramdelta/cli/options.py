@@ -81,7 +81,7 @@ def policies(function: F) -> F:
                 help="Write every float tensor as T: bf16, f16, f32, f64, f8_e4m3, f8_e5m2. Default: as in new_base.",
             ),
             *_selection("copied from new_base", "new-base", "post"),
-            *_vocabulary("post and new_base"),
+            *_vocabulary("post and new_base", aligned=True),
             *_formats(),
             *_shards("new_base"),
         ],
@@ -126,16 +126,23 @@ def _selection(untouched: str, *donors: str) -> list[Callable[[F], F]]:
     ]
 
 
-def _vocabulary(larger: str) -> list[Callable[[F], F]]:
-    """Return the options about tensors whose shapes differ or do not tell."""
+def _vocabulary(larger: str, *, aligned: bool = False) -> list[Callable[[F], F]]:
+    """Return the options about tensors whose shapes differ or do not tell; ``aligned``: rows can be paired by token."""
+    by_token = "; align: rows are paired by token, from the three tokenizer.json" if aligned else ""
+    tokenizer = click.option(
+        "--tokenizer",
+        type=click.Choice(["post", "new-base"]),
+        help="Whose tokenizer the output has under --vocab align (default: post).",
+    )
     return [
         click.option(
             "--vocab",
-            type=click.Choice(["error", "extend"]),
+            type=click.Choice(["error", "extend", *(["align"] if aligned else [])]),
             default="error",
             show_default=True,
-            help=f"Where vocabularies differ in size: an error, or as many rows as the larger of {larger}.",
+            help=f"Where vocabularies differ: an error; extend: as many rows as the larger of {larger}{by_token}.",
         ),
+        *([tokenizer] if aligned else []),
         click.option(
             "--stacks",
             multiple=True,

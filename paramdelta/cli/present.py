@@ -19,7 +19,7 @@ from paramdelta.cli.render import (
     print_warnings,
     say,
 )
-from paramdelta.errors import Complaint, InputError, OperandError, escaped
+from paramdelta.errors import Complaint, InputError, OperandError, escaped, shown
 
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _PROBE_BYTES = 256 << 20
 _WORST_SHOWN = 5
 _RANKS_SHOWN = 64
+_TOKENS_SHOWN = 5
 
 
 def merge_inputs(
@@ -95,6 +96,7 @@ def merge_report(report: MergeReport) -> None:
         ),
         ("storage", "; ".join(f"{_files(ways)} {what}" for what, ways in report.io.items() if ways)),
     ]
+    rows += vocabulary_rows(report.policies)
     if report.resumed_bytes:
         rows.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
     rows += _lossless(report.policies)
@@ -146,6 +148,30 @@ def tensor_summary(policies: dict[str, Any]) -> str:
     return ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items() if n) or "none"
 
 
+def vocabulary_rows(policies: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows that say how tokens were paired, none where they were not: ``20 in all (3 moved)``."""
+    found = policies.get("vocabulary")
+    if found is None:
+        return []
+    rows = [("tokenizer", f"{found['tokenizer']}'s, {found['tokens']:,} tokens")]
+    for number, delta in enumerate(found["deltas"], 1):
+        parts = [f"{delta['in_all']:,} in all ({delta['moved']:,} moved)"]
+        for kind, group in delta.items():
+            if isinstance(group, dict) and group["count"]:
+                parts.append(f"{group['count']:,} {kind.replace('_', ' ')} ({_some(group)})")
+        rows.append(("tokens" if len(found["deltas"]) == 1 else f"tokens, delta {number}", ", ".join(parts)))
+    lost = [
+        f"{group['count']:,} of {role} ({_some(group)})" for role, group in found["left_out"].items() if group["count"]
+    ]
+    return [*rows, ("left out", ", ".join(lost))] if lost else rows
+
+
+def _some(group: dict[str, Any]) -> str:
+    """Return the first few of a group of tokens."""
+    listed = " ".join(shown(token) for token in group["tokens"][:_TOKENS_SHOWN])
+    return f"{listed} …" if group["count"] > _TOKENS_SHOWN else listed
+
+
 def plan(plan: Plan) -> None:
     """Print what a merge would do, and the least time it could take here."""
     rows = [
@@ -157,6 +183,7 @@ def plan(plan: Plan) -> None:
     if plan.policies.get("formats"):
         rows.append(("formats", _formats(plan.policies)))
     rows += _lossless(plan.policies)
+    rows += vocabulary_rows(plan.policies)
     bound = lower_bound(plan)
     if bound is not None:
         rows.append(("at least", bound))
