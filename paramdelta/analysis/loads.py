@@ -123,10 +123,6 @@ class Survey:
         offset = int(region["out_offset"]) - begin + (load.first + row) * int(region["out_pitch"])
         return offset // item + col
 
-    def pitch(self, load: Load) -> int:
-        """Return how many elements of the tensor lie from one row of a region to the next."""
-        region = self.plan.work.regions[load.number]
-        return int(region["out_pitch"]) // DTYPES[int(region["out_dtype"])].itemsize
 
     def span_operands(self, load: Load) -> list[tuple[int, int, int]]:
         """Return (file, byte offset, dtype) of the operands of a span, in the order of its comparison."""

@@ -17,7 +17,7 @@ from paramdelta.dtypes import DTYPES, F32
 from paramdelta.errors import StorageError, storage_errors
 from paramdelta.formats import CODEC_BITS, CODECS
 from paramdelta.plan.work import REGION, Work, no_rows
-from paramdelta.storage import CACHED
+from paramdelta.storage import CACHED, Paths
 
 Bytes = NDArray[np.uint8]
 Stored = tuple[NDArray[Any], int]  # the bytes of an operand, or its binary32 values, and the number of the dtype
@@ -30,7 +30,7 @@ class Files:
         work = survey.plan.work
         self.paths = [path for path in work.inputs if isinstance(path, Path)]
         reached = engine.paths_for(work, [size for _, size in work.outputs], options)
-        self.waits = any(access != CACHED for access in reached.inputs)
+        self.reached = reached
         self._passing = [access != CACHED for access in reached.inputs]
         self._descriptors: list[int] = []
 
@@ -98,13 +98,16 @@ class Reader:
         views = self._survey.region_views(load)
         nbytes = 4 * self._survey.elements_of(load)
         buffers = [self._buffer(number, nbytes) for number in range(len(views))]
-        work = decoding(self._survey.plan.work, load, views)
-        engine.carry_out(work, buffers, tensors=1, options=self._options)
+        work, files = decoding(self._survey.plan.work, load, views)
+        reached = self._files.reached
+        paths = Paths(inputs=tuple(reached.inputs[f] for f in files), outputs=(None,) * len(views), cold=())
+        engine.carry_out(work, buffers, tensors=1, options=self._options, paths=paths)
         return [(buffer, F32.code) for buffer in buffers]
 
 
-def decoding(work: Work, load: Load, views: list[int]) -> Work:
-    """Return the work that decodes some rows of views to binary32, each view to an output of its own."""
+def decoding(work: Work, load: Load, views: list[int]) -> tuple[Work, list[int]]:
+    """Return the work that decodes some rows of views to binary32, each view to an output of its own, and which of the
+    input files it has."""
     region = work.regions[load.number]
     cols = int(region["cols"])
     rows = np.zeros(len(views), REGION)
@@ -127,7 +130,7 @@ def decoding(work: Work, load: Load, views: list[int]) -> Work:
     used = sorted({int(number) for column in columns for number in chosen[column] if number >= 0})
     for column in columns:
         chosen[column] = [used.index(number) if number >= 0 else -1 for number in chosen[column].tolist()]
-    return Work(
+    made = Work(
         inputs=tuple(work.inputs[number] for number in used),
         outputs=tuple(("", 4 * cols * load.count) for _ in views),
         headers=(),
@@ -136,3 +139,4 @@ def decoding(work: Work, load: Load, views: list[int]) -> Work:
         regions=rows,
         views=chosen,
     )
+    return made, used
