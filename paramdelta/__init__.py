@@ -25,6 +25,7 @@ from paramdelta.errors import (
 
 if TYPE_CHECKING:
     from paramdelta import ops, reference
+    from paramdelta.analysis import Analysis, analyze
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
     from paramdelta.report import MergeReport
@@ -35,6 +36,8 @@ __version__ = "0.1.0"
 JSON_VERSION = 1  # of the documents that --json prints (docs/json.md)
 
 _LAZY = {
+    "analyze": "paramdelta.analysis",
+    "Analysis": "paramdelta.analysis",
     "merge": "paramdelta.merging",
     "stream": "paramdelta.streaming",
     "verify": "paramdelta.verification",
@@ -45,6 +48,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Analysis",
     "CheckpointError",
     "Complaint",
     "InputError",
@@ -57,6 +61,7 @@ __all__ = [
     "PrecisionError",
     "StorageError",
     "__version__",
+    "analyze",
     "finalize",
     "merge",
     "ops",

@@ -59,7 +59,7 @@ def analyze(
     """Measure ``post − base``, and against the drift ``new_base − base``, tensor by tensor.
 
     Values are decoded and rounded to binary32 (exact for every type but f64, and for quantised weights up to half a
-    unit in the last of 24 bits); differences are binary32, sums as :func:`paramdelta.ops.norms` defines them and the same
+    unit in the last of 24 bits); differences are binary32, sums as :func:`paramdelta.ops.norms` defines them, the same
     bits whatever the number of threads and the instruction set. Memory is a few MiB a thread; spectra take besides one
     delta matrix at a time, in binary32.
 

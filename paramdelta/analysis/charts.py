@@ -28,6 +28,13 @@ def number(value: float | None) -> str:
     return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}").replace("-", "−")
 
 
+def cosine(value: float | None) -> str:
+    """Return a cosine, to three places."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}".replace("-0.000", "0.000").replace("-", "−")
+
+
 def percent(value: float | None) -> str:
     """Return a fraction in percent."""
     if value is None or not math.isfinite(value):
@@ -50,15 +57,15 @@ class HeatMap:
     def svg(self) -> str:
         """Return the figure."""
         row = 20 if len(self.layers) <= 24 else 14 if len(self.layers) <= 48 else 9
-        col, left = 34, 34
+        col, left = 29, 34
         names = [short(m) for m in self.modules]
-        top = 14 + round(max((len(n) for n in names), default=0) * 4.7)
-        right = 14 + round(len(names[-1]) * 4.7) if names else 0
+        top = 14 + round(max((len(n) for n in names), default=0) * 5.1)
+        right = 10 + round(len(names[-1]) * 2.9) if names else 0
         width = left + col * len(self.modules) + max(right - col // 2, 8)
         height = top + row * len(self.layers) + 6
         every = 1 if row >= 20 else 4 if row == 14 else 8
         parts = [
-            f'<text class="axis" transform="translate({left + col * i + col // 2},{top - 6}) rotate(-45)">{text_of(n)}'
+            f'<text class="axis" transform="translate({left + col * i + col // 2},{top - 6}) rotate(-60)">{text_of(n)}'
             f"<title>{text_of(module)}</title></text>"
             for i, (n, module) in enumerate(zip(names, self.modules, strict=True))
         ]
@@ -83,7 +90,8 @@ def legend(chart: HeatMap) -> str:
     width, kind = 216, "d" if chart.scale.diverging else "s"
     cell = width / STEPS
     strip = "".join(
-        f'<rect class="{kind}{i}" x="{20 + i * cell:.2f}" y="0" width="{cell + 0.3:.2f}" height="9"/>' for i in range(STEPS)
+        f'<rect class="{kind}{i}" x="{20 + i * cell:.2f}" y="0" width="{cell + 0.3:.2f}" height="9"/>'
+        for i in range(STEPS)
     )
     marks = "".join(
         f'<text class="axis mid" x="{20 + width * chart.scale.fraction(v):.1f}" y="22">{chart.show(v)}</text>'
@@ -103,10 +111,10 @@ class Line:
     faint: bool = False
 
 
-def lines(title: str, note: str, across: str, drawn: Sequence[Line], *, log: bool, show: Show = number) -> str:
+def lines(title: str, note: str, across: str, drawn: Sequence[Line], show: Show = number) -> str:
     """Return a figure of lines over whole numbers."""
-    width, height, left, top, bottom = 560, 220, 58, 12, 34
-    scale = Scale.around([y for line in drawn for _, y in line.points], log=log)
+    width, height, left, top, bottom = 720, 260, 58, 12, 34
+    scale = Scale.from_zero(y for line in drawn for _, y in line.points)
     xs = [x for line in drawn for x, _ in line.points]
     first, last = min(xs, default=0), max(xs, default=1)
 
@@ -135,9 +143,7 @@ def lines(title: str, note: str, across: str, drawn: Sequence[Line], *, log: boo
             for p in line.points
         ]
     named = [line for line in drawn if not line.faint]
-    keys = "".join(
-        f'<li>{svg(26, 10, _key(line), "", "key")}{text_of(line.name)}</li>' for line in named
-    )
+    keys = "".join(f"<li>{svg(26, 10, _key(line), '', 'key')}{text_of(line.name)}</li>" for line in named)
     key_list = f'<ul class="keys">{keys}</ul>' if len(named) > 1 else ""
     return figure(title, note, svg(width, height, "".join(parts), title, "wide"), key_list)
 
@@ -150,22 +156,23 @@ def _key(line: Line) -> str:
 def bars(title: str, note: str, values: Sequence[tuple[str, float | None]], show: Show = number) -> str:
     """Return a figure of horizontal bars from zero."""
     largest = max((v for _, v in values if v is not None and math.isfinite(v)), default=0.0) or 1.0
-    row, left, width = 22, 176, 560
+    row, left, width = 22, 176, 720
     parts = []
     for i, (name, value) in enumerate(values):
         y = i * row
         length = 0.0 if value is None or not math.isfinite(value) else value / largest * (width - left - 72)
         label = short(name, 26)
+        said = "no value" if value is None else show(value)
         parts.append(
             f'<text class="axis end" x="{left - 8}" y="{y + 15}">{text_of(label)}<title>{text_of(name)}</title></text>'
             f'<rect class="mark0" x="{left}" y="{y + 3}" width="{max(length, 0.5):.1f}" height="{row - 7}" rx="2">'
-            f"<title>{text_of(name)}: {show(value) if value is not None else 'no value'}</title></rect>"
-            f'<text class="axis" x="{left + length + 6:.1f}" y="{y + 15}">{"–" if value is None else show(value)}</text>'
+            f"<title>{text_of(name)}: {said}</title></rect>"
+            f'<text class="axis" x="{left + length + 6:.1f}" y="{y + 15}">{said}</text>'
         )
     return figure(title, note, svg(width, row * len(values) + 2, "".join(parts), title, "wide"), "")
 
 
-def short(name: str, most: int = 16) -> str:
+def short(name: str, most: int = 24) -> str:
     """Return the end of a module's name, at most ``most`` letters."""
     tail = name if len(name) <= most else ".".join(name.split(".")[-1:])
     return tail if len(tail) <= most else "…" + tail[-(most - 1) :]
@@ -174,14 +181,13 @@ def short(name: str, most: int = 16) -> str:
 def svg(width: float, height: float, inner: str, label: str, kind: str = "") -> str:
     """Return an SVG element that scales with the page."""
     named = f'role="img" aria-label="{html.escape(label, quote=True)}"' if label else 'aria-hidden="true"'
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" {named}>{inner}</svg>'
-    )
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    return f'<svg class="{kind}" {size} {named}>{inner}</svg>'
 
 
 def figure(title: str, note: str, drawing: str, under: str) -> str:
     """Return a figure with its caption, and a line that says what is pointed at."""
     return (
-        f'<figure><figcaption><h3>{html.escape(title)}</h3><p>{html.escape(note)}</p></figcaption>'
+        f"<figure><figcaption><h3>{html.escape(title)}</h3><p>{html.escape(note)}</p></figcaption>"
         f'<div class="scroll">{drawing}</div>{under}<output aria-live="polite"></output></figure>'
     )

@@ -1,5 +1,5 @@
-"""Colours of the report's plots: steps of scales as CSS classes, one set for light and one for dark, and how values find
-their step."""
+"""Colours of the report's plots: steps of scales as CSS classes, one set for light and one for dark, and how values
+find their step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 STEPS = 24  # finer than neighbouring cells can be told apart
-# Anchors of each scale, from its low end to its high end. Lightness alone orders the first; the second is neutral in the
-# middle. They hold for readers who do not tell red from green.
-SEQUENTIAL = {"light": ("#eef3f8", "#9cc6e4", "#3a86c8", "#143c73"), "dark": ("#1b2533", "#1f5a94", "#4aa3df", "#e3f3ff")}
+# Anchors of each scale, from its low end to its high end. Lightness alone orders the first; the second is neutral in
+# the middle. They hold for readers who do not tell red from green.
+SEQUENTIAL = {
+    "light": ("#eef3f8", "#9cc6e4", "#3a86c8", "#143c73"),
+    "dark": ("#1b2533", "#1f5a94", "#4aa3df", "#e3f3ff"),
+}
 DIVERGING = {
     "light": ("#a8430e", "#eb9a5b", "#f1f1ee", "#62a8c9", "#0d4f7c"),
     "dark": ("#ffb27a", "#b8602a", "#2a2d31", "#2f7fa8", "#9fdcff"),
@@ -28,16 +31,21 @@ class Scale:
     diverging: bool = False
 
     @classmethod
-    def around(cls, values: Iterable[float], *, log: bool = False) -> Scale:
-        """Return the scale from the smallest to the largest value; of a logarithmic one, over four decades at most."""
-        found = [v for v in values if math.isfinite(v) and (v > 0.0 or not log)]
-        if not found:
-            return cls(1e-3 if log else 0.0, 1.0, log)
-        low, high = min(found), max(found)
-        if log:
-            low = max(low, high / 1e4)
-            return cls(low, high if high > low * 1.01 else low * 10.0, log)
-        return cls(low, high if high > low else low + 1.0, log)
+    def logarithmic(cls, values: Iterable[float]) -> Scale:
+        """Return the scale from the smallest positive value to the largest, over four decades at most."""
+        found = [v for v in values if math.isfinite(v) and v > 0.0]
+        high = max(found, default=1.0)
+        low = max(min(found, default=high), high / 1e4)
+        return cls(low, high if high > low * 1.01 else low * 10.0, log=True)
+
+    @classmethod
+    def from_zero(cls, values: Iterable[float]) -> Scale:
+        """Return the linear scale from 0 to a round number that no value exceeds."""
+        high = max((v for v in values if math.isfinite(v)), default=0.0)
+        if high <= 0.0:
+            return cls(0.0, 1.0)
+        unit = 10.0 ** math.floor(math.log10(high))
+        return cls(0.0, next(unit * m for m in (1, 2, 4, 6, 8, 10, 20) if unit * m >= high * (1 - 1e-9)))
 
     def fraction(self, value: float) -> float:
         """Return where a value lies between the ends, 0 to 1."""

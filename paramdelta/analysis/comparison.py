@@ -1,5 +1,5 @@
-"""What is summed up of a run of elements: which differences of its operands, which inner products of them, and what each
-of the results means."""
+"""What is summed up of a run of elements: which differences of its operands, which inner products of them, and what
+each of the results means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the numbers suggest, in words that name the numbers and the thresholds. docs/analysis.md argues each threshold."""
+"""What the numbers suggest, in words that name the numbers and the thresholds. docs/analysis.md argues each
+threshold."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ Weight = Literal["problem", "caution", "note"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing the numbers suggest. ``weight``: ``problem`` (the merge would make no sense), ``caution`` (it may be worse
-    than hoped), ``note``. ``numbers`` are what it rests on, thresholds included."""
+    """One thing the numbers suggest. ``weight``: ``problem`` (the merge would make no sense), ``caution`` (it may be
+    worse than hoped), ``note``. ``numbers`` are what it rests on, thresholds included."""
 
     code: str
     weight: Weight
@@ -150,8 +151,8 @@ def _drift(finding: Any, delta: DeltaMeasures) -> Iterator[Finding]:
         yield finding(
             "along-drift",
             "caution",
-            f"new_base has moved along the delta (cosine {along:.2f}, threshold {ALONG_DRIFT}): it may have learnt part "
-            "of what the delta adds; a smaller alpha may do better",
+            f"new_base has moved along the delta (cosine {along:.2f}, threshold {ALONG_DRIFT}): it may have learnt "
+            "part of what the delta adds; a smaller alpha may do better",
             cosine=along,
             threshold=ALONG_DRIFT,
         )
@@ -210,8 +211,8 @@ def _rank(finding: Any, k: int, tensors: Sequence[Tensor]) -> Iterator[Finding]:
         yield finding(
             "low-rank",
             "note",
-            f"the delta has low rank, as of LoRA: in {len(low):,} of {len(large):,} matrices {count} singular values hold "
-            f"at least {_percent(LOW_RANK)} of the squared norm",
+            f"the delta has low rank, as of LoRA: in {len(low):,} of {len(large):,} matrices that differ {count} "
+            f"singular values hold at least {_percent(LOW_RANK)} of the squared norm",
             low=len(low),
             matrices=len(large),
             threshold=LOW_RANK,
@@ -225,9 +226,7 @@ def _between(total: Group) -> Iterator[Finding]:
         if cosine is None or not enough:
             continue
         if cosine > SIMILAR:
-            text = (
-                f"{pair} are nearly the same (cosine {cosine:.2f}, threshold {SIMILAR}): their sum is one of twice the size"
-            )
+            text = f"{pair} are nearly the same (cosine {cosine:.2f}, threshold {SIMILAR}): their sum counts it twice"
             yield Finding(code="same-deltas", weight="caution", text=text, delta=None, numbers={"cosine": cosine})
         elif cosine < OPPOSED:
             text = f"{pair} point against each other (cosine {cosine:.2f}, threshold {OPPOSED}): they cancel in part"

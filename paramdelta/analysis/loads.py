@@ -1,4 +1,5 @@
-"""Cuts what a plan pairs into loads: a part of a span, or some rows of a region, with the places of all its operands."""
+"""Cuts what a plan pairs into loads: a part of a span, or some rows of a region, with the places of all its
+operands."""
 
 from __future__ import annotations
 
@@ -20,14 +21,14 @@ _ROWS = 64  # rows of a load of a region are a multiple: whole words of packed z
 
 
 class Load(NamedTuple):
-    """``count`` elements of a span from ``first`` on; of a region, rows."""
+    """``size`` elements of a span from ``first`` on; of a region, rows."""
 
     tensor: int
     comparison: Comparison
     of_region: bool
     number: int  # of the span or the region
     first: int
-    count: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Survey:
 
     @cached_property
     def _delta_of_file(self) -> dict[int, int]:
-        found = {}
+        found: dict[int, int] = {}
         for k in range(self.deltas):
             role = roles_of(k)[0]
             first = self._first_files[role]
@@ -108,7 +109,7 @@ class Survey:
 
     def elements_of(self, load: Load) -> int:
         """Return the number of elements of a load."""
-        return load.count * int(self.plan.work.regions[load.number]["cols"]) if load.of_region else load.count
+        return load.size * int(self.plan.work.regions[load.number]["cols"]) if load.of_region else load.size
 
     def place(self, load: Load, element: int) -> int:
         """Return where an element of a load lies in its tensor, counted in row-major order."""
@@ -122,7 +123,6 @@ class Survey:
         row, col = divmod(element, int(region["cols"]))
         offset = int(region["out_offset"]) - begin + (load.first + row) * int(region["out_pitch"])
         return offset // item + col
-
 
     def span_operands(self, load: Load) -> list[tuple[int, int, int]]:
         """Return (file, byte offset, dtype) of the operands of a span, in the order of its comparison."""

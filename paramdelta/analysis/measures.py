@@ -1,4 +1,5 @@
-"""What an analysis says of a tensor, a layer, a type of module or a whole checkpoint: sums, and the ratios made of them."""
+"""What an analysis says of a tensor, a layer, a type of module or a whole checkpoint: sums, and the ratios made of
+them."""
 
 from __future__ import annotations
 
@@ -235,9 +236,7 @@ class Group:
             "name": self.name,
             "tensors": self.tensors,
             "deltas": [None if d is None else d.to_dict() for d in self.deltas],
-            "cosines": [
-                {"deltas": [i + 1, j + 1], "cosine": _plain(self.cosine(i, j))} for i, j in sorted(self.inner)
-            ],
+            "cosines": [{"deltas": [i + 1, j + 1], "cosine": _plain(self.cosine(i, j))} for i, j in sorted(self.inner)],
         }
 
 

@@ -1,5 +1,5 @@
-"""The HTML report: one page with its styles, plots and script in it. Nothing is loaded from anywhere, and the page's own
-policy forbids it; names of tensors and folders are strangers' text and are escaped."""
+"""The HTML report: one page with its styles, plots and script in it. Nothing is loaded from anywhere, and the page's
+own policy forbids it; names of tensors and folders are strangers' text and are escaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from paramdelta.analysis.charts import HeatMap, Line, bars, lines, number, percent, text_of
+from paramdelta.analysis.charts import HeatMap, Line, bars, cosine, lines, number, percent, text_of
 from paramdelta.analysis.colours import Scale, css_rules
 from paramdelta.analysis.measures import DeltaMeasures, Group, Tensor, gathered
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MOST_ROWS = 2000  # of the table: a browser sorts them at once; the CSV file has every tensor
 MOST_SPECTRA = 160  # lines in one plot
 MOST_MODULES = 24  # columns of a heat map, bars of a plot
+
+Show = Callable[[float | None], str]
 
 _DARK = (
     ":root{--page:#12161c;--card:#191f27;--ink:#e6ebf1;--quiet:#9aa7b5;--rule:#2b343f;--accent:#62b5f5;"
@@ -84,13 +86,13 @@ def _tiles(delta: DeltaMeasures) -> str:
     tiles = [
         (percent(delta.relative_norm), "relative norm: ‖delta‖ / ‖base‖"),
         (percent(delta.unchanged_fraction), "of the elements are bit-equal in post and base"),
-        (number(delta.cosine_post_base), "cosine between the weights of post and base"),
+        (cosine(delta.cosine_post_base), "cosine between the weights of post and base"),
     ]
     if delta.drift_squared is not None:
         tiles += [
             (percent(delta.relative_drift), "relative drift: ‖new_base − base‖ / ‖base‖"),
             (number(delta.drift_to_delta), "times as long as the delta is the drift"),
-            (number(delta.cosine_to_drift), "cosine between delta and drift"),
+            (cosine(delta.cosine_to_drift), "cosine between delta and drift"),
         ]
     tiles.append((number(delta.largest), "largest change of one element"))
     return "".join(f'<div class="tile"><b>{value}</b><span>{words}</span></div>' for value, words in tiles)
@@ -122,15 +124,15 @@ def text_of_words(text: str) -> str:
 def _between(analysis: Analysis) -> str:
     pairs = sorted(analysis.total.inner)
     tiles = "".join(
-        f'<div class="tile"><b>{number(analysis.total.cosine(i, j))}</b><span>cosine between deltas {i + 1} and {j + 1}'
+        f'<div class="tile"><b>{cosine(analysis.total.cosine(i, j))}</b><span>cosine between deltas {i + 1} and {j + 1}'
         "</span></div>"
         for i, j in pairs
     )
-    maps = []
+    maps: list[str] = []
     for i, j in pairs:
         title = f"Deltas {i + 1} and {j + 1}: cosine"
         note = "1: the same direction, 0: unrelated, −1: against each other"
-        maps += _maps(analysis, title, note, _cosine_of(i, j), lambda _: Scale(-1.0, 1.0, diverging=True))
+        maps += _maps(analysis, title, note, _cosine_of(i, j), lambda _: Scale(-1.0, 1.0, diverging=True), cosine)
     return (
         f'<section><h2>Between the deltas</h2><div class="tiles">{tiles}</div>'
         f'<div class="figures">{"".join(maps)}</div></section>'
@@ -151,7 +153,7 @@ def _figures(analysis: Analysis, k: int) -> Iterator[str]:
         return value
 
     def positive(values: Sequence[float]) -> Scale:
-        return Scale.around(values, log=True)
+        return Scale.logarithmic(values)
 
     note = "‖delta‖ / ‖base‖ of each module in each layer, on a logarithmic scale"
     yield from _maps(analysis, "Relative norm", note, of("relative_norm"), positive)
@@ -159,7 +161,7 @@ def _figures(analysis: Analysis, k: int) -> Iterator[str]:
     yield from _maps(analysis, "Unchanged", note, of("unchanged_fraction"), lambda _: Scale(0.0, 1.0), percent)
     if analysis.new_base is not None:
         note = "1: new_base has moved along the delta, 0: the two are unrelated, −1: against it"
-        yield from _maps(analysis, "Cosine to the drift", note, of("cosine_to_drift"), _symmetric)
+        yield from _maps(analysis, "Cosine to the drift", note, of("cosine_to_drift"), _symmetric, cosine)
         note = "‖new_base − base‖ / ‖base‖, on a logarithmic scale"
         yield from _maps(analysis, "Relative drift", note, of("relative_drift"), positive)
     if any(s.delta == k for t in analysis.tensors for s in t.spectra):
@@ -246,12 +248,12 @@ def _profile(analysis: Analysis, k: int) -> str:
     ]
     if not any(len(line.points) > 1 for line in drawn):
         return ""
-    return lines("Along the layers", "lengths relative to ‖base‖", "layer", drawn, log=False)
+    return lines("Along the layers", "lengths relative to ‖base‖", "layer", drawn)
 
 
 def _spectra(tensors: Sequence[Tensor], k: int) -> str:
     """Return the plot of singular values, each matrix's relative to its largest."""
-    drawn = []
+    drawn: list[Line] = []
     for tensor in tensors:
         for spectrum in tensor.spectra:
             largest = spectrum.values[0] if spectrum.values else 0.0
@@ -261,16 +263,19 @@ def _spectra(tensors: Sequence[Tensor], k: int) -> str:
     if not drawn:
         return ""
     note = "the largest singular values of each delta matrix, relative to its first"
-    return lines("Spectra", note, "number of the singular value", drawn[:MOST_SPECTRA], log=True)
+    return lines("Spectra", note, "number of the singular value", drawn[:MOST_SPECTRA])
 
 
 def _table(analysis: Analysis) -> str:
     several = len(analysis.sources) > 1
     heads: list[str] = ["tensor", "shape"]
-    columns: list[tuple[int, str, Callable[[float | None], str]]] = []
-    names = [("relative_norm", "relative norm", number), ("unchanged_fraction", "unchanged", percent)]
+    columns: list[tuple[int, str, Show]] = []
+    names: list[tuple[str, str, Show]] = [
+        ("relative_norm", "relative norm", number),
+        ("unchanged_fraction", "unchanged", percent),
+    ]
     if analysis.new_base is not None:
-        names += [("relative_drift", "drift", number), ("cosine_to_drift", "cosine to drift", number)]
+        names += [("relative_drift", "drift", number), ("cosine_to_drift", "cosine to drift", cosine)]
     names += [("largest", "largest", number)]
     for k in range(len(analysis.sources)):
         for name, words, show in names:
@@ -295,8 +300,8 @@ def _table(analysis: Analysis) -> str:
     return (
         f'<section><h2>Tensors</h2><p class="quiet">{said}Headings sort.</p><p class="filter">'
         '<input type="search" placeholder="Filter by name" aria-label="Filter tensors by name"> '
-        f'<span class="quiet" id="shown" aria-live="polite"></span></p><div class="table"><table id="tensors"><thead><tr>'
-        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+        '<span class="quiet" id="shown" aria-live="polite"></span></p><div class="table"><table id="tensors">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 

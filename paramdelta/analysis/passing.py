@@ -1,7 +1,7 @@
 """The one pass over the data: workers take loads, read them, and add them to the sums of their tensors.
 
-The sums of a tensor do not depend on who took which load: leaves are cut from the start of each load, loads are cut alike
-whatever the number of workers, and what is added up is added without rounding (csrc/cpu/gram.hpp).
+The sums of a tensor do not depend on who took which load: leaves are cut from the start of each load, loads are cut
+alike whatever the number of workers, and what is added up is added without rounding (csrc/cpu/gram.hpp).
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Files:
 
     def read(self, number: int, offset: int, into: Bytes) -> None:
         """Fill ``into`` with the bytes at ``offset``. Raises StorageError."""
-        view, at = memoryview(into), offset
+        view, at = into.data, offset
         with storage_errors(self.paths[number], f"reading at byte {offset} failed"):
             while view:
                 count = os.preadv(self._descriptors[number], [view], at)
@@ -75,7 +75,7 @@ class Reader:
     def nbytes(self, load: Load) -> int:
         """Return about how many bytes reading a load takes."""
         if not load.of_region:
-            return sum(load.count * DTYPES[code].itemsize for _, _, code in self._survey.span_operands(load))
+            return sum(load.size * DTYPES[code].itemsize for _, _, code in self._survey.span_operands(load))
         codecs = self._survey.plan.work.views[self._survey.region_views(load)]["codec"]
         return sum(self._survey.elements_of(load) * CODEC_BITS[CODECS[codec]] // 8 for codec in codecs)
 
@@ -89,7 +89,7 @@ class Reader:
     def _stored(self, load: Load) -> list[Stored]:
         found: list[Stored] = []
         for number, (file, offset, code) in enumerate(self._survey.span_operands(load)):
-            into = self._buffer(number, load.count * DTYPES[code].itemsize)
+            into = self._buffer(number, load.size * DTYPES[code].itemsize)
             self._files.read(file, offset, into)
             found.append((into, code))
         return found
@@ -111,7 +111,7 @@ def decoding(work: Work, load: Load, views: list[int]) -> tuple[Work, list[int]]
     region = work.regions[load.number]
     cols = int(region["cols"])
     rows = np.zeros(len(views), REGION)
-    rows["out_pitch"], rows["rows"], rows["cols"], rows["end_row"] = 4 * cols, load.count, cols, load.count
+    rows["out_pitch"], rows["rows"], rows["cols"], rows["end_row"] = 4 * cols, load.size, cols, load.size
     for column in ("scale_out_file", "given_file", "second_file", "recipe", "unit"):
         rows[column] = -1
     rows["out_file"] = rows["new_view"] = np.arange(len(views))
@@ -132,7 +132,7 @@ def decoding(work: Work, load: Load, views: list[int]) -> tuple[Work, list[int]]
         chosen[column] = [used.index(number) if number >= 0 else -1 for number in chosen[column].tolist()]
     made = Work(
         inputs=tuple(work.inputs[number] for number in used),
-        outputs=tuple(("", 4 * cols * load.count) for _ in views),
+        outputs=tuple(("", 4 * cols * load.size) for _ in views),
         headers=(),
         spans=no_rows(work.spans.dtype),
         terms=no_rows(work.terms.dtype),

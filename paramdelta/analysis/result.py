@@ -28,9 +28,9 @@ class Sources:
 class Analysis:
     """What :func:`paramdelta.analyze` found.
 
-    ``tensors`` are those that some delta reaches, in the order of the checkpoint's files; ``layers`` and ``modules`` are
-    the same ones together by layer and by type of module, ``total`` all of them. ``unpaired`` are tensors that were not
-    compared because one of the checkpoints lacks them, or has another shape.
+    ``tensors`` are those that some delta reaches, in the order of the checkpoint's files; ``layers`` and ``modules``
+    are the same ones together by layer and by type of module, ``total`` all of them. ``unpaired`` are tensors that
+    were not compared because one of the checkpoints lacks them, or has another shape.
     """
 
     sources: tuple[Sources, ...]

@@ -1,9 +1,9 @@
 """Singular values of delta matrices: all of them where the matrix is small, else the largest ones by Lanczos steps.
 
 Golub-Kahan bidiagonalisation (SIAM J. Numer. Anal. 2, 1965) builds orthonormal U_j, V_j and a bidiagonal B_j with
-A V_j = U_j B_j from products with A and Aᵀ alone. The singular values of B_j approach those of A from below, the largest
-first, and the last row of B_j's left singular vectors says how far each is off: |σ − σ̂| ≤ β_j |u_j|. Every vector
-is made orthogonal to all before it, twice, in binary64; the products are binary32.
+A V_j = U_j B_j from products with A and Aᵀ alone. The singular values of B_j approach those of A from below, the
+largest first, and the last row of B_j's left singular vectors says how far each is off: |σ − σ̂| ≤ β_j |u_j|. Every
+vector is made orthogonal to all before it, twice, in binary64; the products are binary32.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _orthonormal(vector: Vectors, basis: Vectors) -> float:
 def spectra(survey: Survey, tensors: dict[int, tuple[int, ...]], count: int, options: EngineOptions) -> Iterator[
     tuple[int, Spectrum]
 ]:  # fmt: skip
-    """Yield (tensor, spectrum) of every delta of each of ``tensors``, which are matrices of the given shapes. One tensor
-    at a time is in memory, and one delta of it for each that there are."""
+    """Yield (tensor, spectrum) of every delta of each of ``tensors``, which are matrices of the given shapes. One
+    tensor at a time is in memory, and one delta of it for each that there are."""
     loads: dict[int, list[Load]] = {}
     for load in survey.loads():
         if load.tensor in tensors:
@@ -121,9 +121,9 @@ def _matrices(survey: Survey, reader: Reader, parts: list[Load], shape: tuple[in
             flat = found.setdefault(k, np.zeros(shape, np.float32)).reshape(-1)
             if not load.of_region:
                 start = survey.place(load, 0)
-                flat[start : start + load.count] = delta
+                flat[start : start + load.size] = delta
                 continue
-            for row, line in enumerate(delta.reshape(load.count, -1)):
+            for row, line in enumerate(delta.reshape(load.size, -1)):
                 start = survey.place(load, row * line.size)
                 flat[start : start + line.size] = line
     return found

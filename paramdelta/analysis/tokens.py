@@ -1,4 +1,4 @@
-"""Compares the vocabularies of tokenizers: rows of an embedding can be subtracted only where they are the same tokens'."""
+"""Compares the vocabularies of tokenizers: rows of embeddings can be subtracted where they are the same tokens'."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def token_findings(checkpoints: Mapping[str, Checkpoint], deltas: int, *, drift:
                 yield Finding(
                     code="other-tokenizer",
                     weight="problem",
-                    text=f"{name} has another tokenizer than base: {differ:,} of base's {len(ours):,} tokens have another "
-                    f"number in it, or none (threshold {100 * OTHER_TOKENS:g} %); rows of the embeddings do not belong "
-                    "together",
+                    text=f"{name} has another tokenizer than base: {differ:,} of base's {len(ours):,} tokens have "
+                    f"another number in it, or none (threshold {100 * OTHER_TOKENS:g} %); rows of the embeddings do "
+                    "not belong together",
                     delta=k,
                     numbers={"differ": differ, "tokens": len(ours), "threshold": OTHER_TOKENS},
                 )

@@ -24,7 +24,7 @@ def _one_or_several(_: click.Context, __: click.Parameter, value: tuple[str, ...
     return list(value) if len(value) > 1 else next(iter(value), None)
 
 
-def inputs(*, required: bool) -> Callable[[F], F]:
+def inputs(*, required: bool, new_base_required: bool | None = None) -> Callable[[F], F]:
     """Add ``--post``, ``--base`` and ``--new-base``. The first two are lists where they are given more than once."""
 
     def wrap(function: F) -> F:
@@ -51,7 +51,7 @@ def inputs(*, required: bool) -> Callable[[F], F]:
                 ),
                 click.option(
                     "--new-base",
-                    required=required,
+                    required=required if new_base_required is None else new_base_required,
                     type=FOLDER,
                     metavar="DIR",
                     help="The base that is to get the post-training.",
@@ -80,13 +80,7 @@ def policies(function: F) -> F:
                 metavar="T",
                 help="Write every float tensor as T: bf16, f16, f32, f64, f8_e4m3, f8_e5m2. Default: as in new_base.",
             ),
-            click.option("--include", multiple=True, metavar="GLOB", help="Merge only tensors that match."),
-            click.option(
-                "--exclude",
-                multiple=True,
-                metavar="GLOB",
-                help="Copy tensors that match from new_base.",
-            ),
+            *_globs(),
             click.option(
                 "--copy-from",
                 type=click.Choice(["error", "new-base", "post"]),
@@ -94,15 +88,7 @@ def policies(function: F) -> F:
                 show_default=True,
                 help="Where tensors come from that cannot be paired in all three.",
             ),
-            *(
-                click.option(
-                    f"--rename-{role}",
-                    multiple=True,
-                    metavar="REGEX=REPL",
-                    help=f"Rename tensors of {role} before pairing (re.sub).",
-                )
-                for role in ("post", "base", "new-base")
-            ),
+            *_renames(),
             click.option(
                 "--vocab",
                 type=click.Choice(["error", "extend"]),
@@ -110,22 +96,92 @@ def policies(function: F) -> F:
                 show_default=True,
                 help="Where vocabularies differ in size: an error, or as many rows as the larger of post and new_base.",
             ),
-            click.option(
-                "--stacks",
-                multiple=True,
-                metavar="ROLE=KIND",
-                help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
-                "interleaved (gate and up row by row).",
-            ),
+            _stacks(),
             *_formats(),
             click.option(
                 "--max-shard-size",
                 metavar="SIZE",
                 help="Split the output anew, e.g. 5GB. Default: the files of new_base.",
             ),
-            click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers."),
+            _unscaled(),
         ],
     )
+
+
+def pairing(function: F) -> F:
+    """Add the options that decide which tensors are compared with which."""
+    return _apply(function, [*_globs(), *_renames(), _stacks(), _unscaled()])
+
+
+def threads_and_paths(function: F) -> F:
+    """Add the options of a pass that reads and writes nothing."""
+    return _apply(function, [_threads(), *_paths()])
+
+
+def _globs() -> list[Callable[[F], F]]:
+    return [
+        click.option("--include", multiple=True, metavar="GLOB", help="Merge only tensors that match."),
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="GLOB",
+            help="Copy tensors that match from new_base.",
+        ),
+    ]
+
+
+def _renames() -> list[Callable[[F], F]]:
+    return [
+        *(
+            click.option(
+                f"--rename-{role}",
+                multiple=True,
+                metavar="REGEX=REPL",
+                help=f"Rename tensors of {role} before pairing (re.sub).",
+            )
+            for role in ("post", "base", "new-base")
+        ),
+    ]
+
+
+def _stacks() -> Callable[[F], F]:
+    return click.option(
+        "--stacks",
+        multiple=True,
+        metavar="ROLE=KIND",
+        help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
+        "interleaved (gate and up row by row).",
+    )
+
+
+def _unscaled() -> Callable[[F], F]:
+    return click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers.")
+
+
+def _threads() -> Callable[[F], F]:
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
+    )
+
+
+def _paths() -> list[Callable[[F], F]]:
+    return [
+        click.option(
+            "--io",
+            type=click.Choice(["auto", "buffered", "direct"]),
+            default="auto",
+            show_default=True,
+            help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
+        ),
+        click.option(
+            "--isa",
+            type=click.Choice(["scalar", "avx2", "avx512"]),
+            help="Instruction set (default: the best here; same bytes).",
+        ),
+    ]
 
 
 def _formats() -> list[Callable[[F], F]]:
@@ -164,12 +220,7 @@ def machine(function: F) -> F:
     return _apply(
         function,
         [
-            click.option(
-                "--threads",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
-            ),
+            _threads(),
             click.option(
                 "--memory",
                 metavar="SIZE",
@@ -177,18 +228,7 @@ def machine(function: F) -> F:
                 show_default=True,
                 help="Memory for buffers, e.g. 256MiB; auto: what the storage asks for, 2 to 128 MiB as a rule.",
             ),
-            click.option(
-                "--io",
-                type=click.Choice(["auto", "buffered", "direct"]),
-                default="auto",
-                show_default=True,
-                help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
-            ),
-            click.option(
-                "--isa",
-                type=click.Choice(["scalar", "avx2", "avx512"]),
-                help="Instruction set (default: the best here; same bytes).",
-            ),
+            *_paths(),
         ],
     )
 

@@ -53,7 +53,9 @@ def _order_warning(work: Work, posts: range) -> str | None:
     return judge_order(post_base, post_new, base_square)
 
 
-def judge_order(post_base: float, post_new: float, base: float, where: str = "in a sample of the weights") -> str | None:
+def judge_order(
+    post_base: float, post_new: float, base: float, where: str = "in a sample of the weights"
+) -> str | None:
     """Return a warning from squared norms ‖post − base‖², ‖post − new_base‖² and ‖base‖², summed up ``where`` it says,
     or None."""
     if post_base == 0.0:
@@ -65,10 +67,7 @@ def judge_order(post_base: float, post_new: float, base: float, where: str = "in
             "is the order of the operands right? post should have been trained from base"
         )
     if post_base > base:
-        return (
-            f"post − base is larger than base itself {where}: "
-            "post does not look as if it was trained from base"
-        )
+        return f"post − base is larger than base itself {where}: post does not look as if it was trained from base"
     return None
 
 

@@ -1,5 +1,5 @@
-"""Inner products of differences: the same bits as the reference's definition, for every instruction set, dtype, length and
-way of cutting."""
+"""Inner products of differences: the same bits as the reference's definition, for every instruction set, dtype,
+length and way of cutting."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_mixed_dtypes(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=ids)
 def test_odd_values(isa: str, dtype: DType) -> None:
-    """NaN and Inf are counted and left out; subnormals and sums that overflow binary32 are as the reference has them."""
+    """NaN and Inf are counted and left out; subnormals, and sums that overflow binary32, are the reference's."""
     rng = np.random.default_rng(0)
     check([rng.choice(adversarial(dtype), 30_000) for _ in range(4)], (dtype,) * 4, isa)
     check([uniform(rng, dtype, 30_000) for _ in range(4)], (dtype,) * 4, isa)
