@@ -13,7 +13,7 @@ from typing import Any
 from paramdelta import JSON_VERSION
 from paramdelta.analysis.findings import Finding
 from paramdelta.analysis.measures import DeltaMeasures, Group, Tensor, gathered
-from paramdelta.errors import storage_errors
+from paramdelta.errors import Complaint, InputError, shown, storage_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,18 @@ class Analysis:
 def _guarded(text: str) -> str:
     """Return a name that no spreadsheet takes for a formula: names come from strangers."""
     return f"'{text}" if text[:1] in "=+-@\t\r" and text else text
+
+
+def check_writable(paths: Sequence[str | Path | None]) -> None:
+    """Raise InputError for every report that could not be written, before anything is read for it."""
+    wrong = []
+    for path in (Path(p) for p in paths if p is not None):
+        if path.is_dir():
+            wrong.append(Complaint(str(path), "is a folder, expected the name of a file"))
+        elif not path.parent.is_dir():
+            wrong.append(Complaint(str(path), f"its folder {shown(path.parent)} does not exist", "make it first"))
+    if wrong:
+        raise InputError(wrong)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -72,10 +72,11 @@ def analyze(
     lies to the drift new_base - base. Says in words what the numbers suggest (docs/analysis.md). Several deltas are
     compared with each other."""
     from paramdelta import analysis
-    from paramdelta.analysis.result import write_text
+    from paramdelta.analysis.result import check_writable, write_text
     from paramdelta.cli import render
     from paramdelta.engine import EngineOptions
 
+    check_writable([csv_file, html_file, None if json_file == "-" else json_file])
     plan = analysis.plan_of(post=post, base=base, new_base=new_base, **pairing)
     printed = json_file == "-"
     if not printed:

@@ -80,7 +80,7 @@ def policies(function: F) -> F:
                 metavar="T",
                 help="Write every float tensor as T: bf16, f16, f32, f64, f8_e4m3, f8_e5m2. Default: as in new_base.",
             ),
-            *_globs(),
+            *_globs("Merge only tensors that match.", "Copy tensors that match from new_base."),
             click.option(
                 "--copy-from",
                 type=click.Choice(["error", "new-base", "post"]),
@@ -110,7 +110,8 @@ def policies(function: F) -> F:
 
 def pairing(function: F) -> F:
     """Add the options that decide which tensors are compared with which."""
-    return _apply(function, [*_globs(), *_renames(), _stacks(), _unscaled()])
+    globs = _globs("Compare only tensors that match.", "Leave out tensors that match.")
+    return _apply(function, [*globs, *_renames(), _stacks(), _unscaled()])
 
 
 def threads_and_paths(function: F) -> F:
@@ -118,15 +119,10 @@ def threads_and_paths(function: F) -> F:
     return _apply(function, [_threads(), *_paths()])
 
 
-def _globs() -> list[Callable[[F], F]]:
+def _globs(include: str, exclude: str) -> list[Callable[[F], F]]:
     return [
-        click.option("--include", multiple=True, metavar="GLOB", help="Merge only tensors that match."),
-        click.option(
-            "--exclude",
-            multiple=True,
-            metavar="GLOB",
-            help="Copy tensors that match from new_base.",
-        ),
+        click.option("--include", multiple=True, metavar="GLOB", help=include),
+        click.option("--exclude", multiple=True, metavar="GLOB", help=exclude),
     ]
 
 
