@@ -51,25 +51,24 @@ def _by_lanczos(matrix: Matrix, count: int) -> tuple[tuple[float, ...], float]:
     steps = min(MOST_STEPS, cols)
     left, right = np.zeros((steps, rows)), np.zeros((steps + 1, cols))
     diagonal, above = np.zeros(steps), np.zeros(steps)
-    start = np.random.default_rng(_SEED).standard_normal(cols)
+    random = np.random.default_rng(_SEED)
+    start = random.standard_normal(cols)
     right[0] = start / np.linalg.norm(start)
-    values, error, used = np.zeros(count), np.inf, 0
+    values, error = np.zeros(count), np.inf
     for j in range(steps):
         u = _product(matrix, right[j], scale)
-        diagonal[j] = _orthonormal(u, left[:j])
+        diagonal[j] = _orthonormal(u, left[:j], diagonal.max(), random)
         left[j] = u
         v = _product(matrix.T, u, scale)
-        above[j] = _orthonormal(v, right[: j + 1])
+        above[j] = _orthonormal(v, right[: j + 1], diagonal.max(), random)
         right[j + 1] = v
         used = j + 1
-        ended = max(diagonal[j], above[j]) < _NOTHING * diagonal.max()  # nothing of the matrix is left
-        if not ended and used != steps and (used < count or used % 10):
+        if used != steps and (used < count or used % 10):
             continue
         bidiagonal = np.diag(diagonal[:used]) + np.diag(above[: used - 1], 1)
         u_of, found, _ = np.linalg.svd(bidiagonal)
-        values = np.pad(found, (0, max(count - used, 0)))[:count]
-        error = float(np.max(above[j] * np.abs(u_of[-1, :count])))
-        if ended or error <= ACCURACY * found[0]:
+        values, error = found[:count], float(np.max(above[j] * np.abs(u_of[-1, :count])))
+        if error <= ACCURACY * found[0]:
             break
     return tuple((values * scale).tolist()), error * scale
 
@@ -79,19 +78,30 @@ def _product(matrix: Matrix, vector: Vectors, scale: float) -> Vectors:
     return product
 
 
-def _orthonormal(vector: Vectors, basis: Vectors) -> float:
-    """Make ``vector`` orthogonal to the rows of ``basis`` and of length 1, in place; return the length it had."""
+def _orthonormal(vector: Vectors, basis: Vectors, largest: float, random: np.random.Generator) -> float:
+    """Make ``vector`` orthogonal to the rows of ``basis`` and of length 1, in place; return the length it had.
+
+    Where nothing but rounding is left, against the ``largest`` length so far, the basis has what the steps can reach
+    from their start: they go on from a random vector, and the length is 0.
+    """
+    length = _orthogonal(vector, basis)
+    if length > _NOTHING * largest:
+        vector /= length
+        return length
+    vector[:] = random.standard_normal(len(vector))
+    vector /= _orthogonal(vector, basis) or 1.0
+    return 0.0
+
+
+def _orthogonal(vector: Vectors, basis: Vectors) -> float:
     for _ in range(2):
         vector -= basis.T @ (basis @ vector)
-    length = float(np.linalg.norm(vector))
-    if length > 0.0:
-        vector /= length
-    return length
+    return float(np.linalg.norm(vector))
 
 
-def spectra(survey: Survey, tensors: dict[int, tuple[int, ...]], count: int, options: EngineOptions) -> Iterator[
-    tuple[int, Spectrum]
-]:  # fmt: skip
+def spectra(
+    survey: Survey, tensors: dict[int, tuple[int, ...]], count: int, options: EngineOptions
+) -> Iterator[tuple[int, Spectrum]]:
     """Yield (tensor, spectrum) of every delta of each of ``tensors``, which are matrices of the given shapes. One
     tensor at a time is in memory, and one delta of it for each that there are."""
     loads: dict[int, list[Load]] = {}
