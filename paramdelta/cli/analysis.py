@@ -20,7 +20,7 @@ Examples
   paramdelta analyze --post Chat --base Base --spectrum '*proj*' --csv delta.csv
   paramdelta analyze --post Chat --base Base --post Maths --base Base --json delta.json
 """
-_FILE = click.Path(dir_okay=False, path_type=str)
+_FILE = click.Path(path_type=str)  # writing to it says more
 _MOST_MODULES = 12
 
 
@@ -48,7 +48,7 @@ _MOST_MODULES = 12
     "json_file",
     is_flag=False,
     flag_value="-",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=str),
+    type=click.Path(allow_dash=True, path_type=str),
     metavar="[FILE]",
     help="Write one JSON document (docs/json.md); without FILE, print it.",
 )
