@@ -4,12 +4,14 @@ instruction set and cuts; quantised and real checkpoints too."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from analysis_folders import BF16, SIDE, base_tensors, moved, noise, write
+from safetensors.numpy import load_file
 
 import paramdelta
 from paramdelta import dtypes, reference
@@ -187,8 +189,11 @@ def test_quantised_checkpoints_by_their_values(
 ) -> None:
     """post and base quantised, new_base plain: the sums over what the engine decodes them to, in bands of rows."""
     monkeypatch.setattr(loads, "LOAD", 64 * SIDE)
-    for role in ("post", "base"):
-        same = folders[role]
+    base = base_tensors()
+    post = moved(base, noise(base, 0.01, 1))
+    post[UP][300, 5] = 4.0  # far down, in a band behind others
+    plain = {"post": write(tmp_path / "plain", post), "base": folders["base"]}
+    for role, same in plain.items():
         paramdelta.merge(post=same, base=same, new_base=same, out=tmp_path / role, format=form)
     found = paramdelta.analyze(tmp_path / "post", tmp_path / "base", folders["new_base"])
 
@@ -208,7 +213,31 @@ def test_quantised_checkpoints_by_their_values(
     ):
         assert abs(got - (x * y).sum()) <= 32 * 2.0**-24 * np.abs(x * y).sum()
     assert delta.largest == np.abs(p.astype(np.float32) - b.astype(np.float32)).max()
-    assert np.abs(p - b)[tensor(found, UP).where[0]] == pytest.approx(delta.largest)
+    assert tensor(found, UP).where == ((300, 5),)
+
+
+def test_zero_points_of_every_band(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same int4 codes, with zero points that differ from row to row."""
+    monkeypatch.setattr(loads, "LOAD", 64 * SIDE)
+    same, made = folders["base"], tmp_path / "int4"
+    paramdelta.merge(post=same, base=same, new_base=same, out=made, format="int4")
+    tensors = load_file(made / "model.safetensors")
+    points = np.random.default_rng(0).integers(0, 2**32, (3 * SIDE // 8, SIDE // 32), np.uint64).astype(np.uint32)
+    prefix = UP.removesuffix("weight")
+    config = json.loads((made / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"]["symmetric"] = False
+    for name in [n for n in tensors if n.endswith("weight_scale")]:
+        rows, groups = tensors[name].shape
+        own = points if name.startswith(prefix) else np.full((rows // 8, groups), 0x88888888, np.uint32)
+        tensors[name.replace("scale", "zero_point")] = own.view(np.int32)
+    asked = write(tmp_path / "asymmetric", tensors)
+    (asked / "config.json").write_text(json.dumps(config))
+    found = paramdelta.analyze(asked, made, singular_values=1)
+    first, second = (dict(paramdelta.stream(f, f, f, format="f32"))[UP] for f in (asked, made))
+    difference = first.astype(np.float64) - second
+    assert np.abs(difference).min(axis=1).max() > 0.0
+    assert tensor(found, UP).deltas[0].delta_squared == pytest.approx((difference**2).sum(), rel=1e-6)
 
 
 def test_real_checkpoints_of_other_structures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
