@@ -90,14 +90,14 @@ def legend(chart: HeatMap) -> str:
     width, kind = 216, "d" if chart.scale.diverging else "s"
     cell = width / STEPS
     strip = "".join(
-        f'<rect class="{kind}{i}" x="{20 + i * cell:.2f}" y="0" width="{cell + 0.3:.2f}" height="9"/>'
+        f'<rect class="{kind}{i}" x="{28 + i * cell:.2f}" y="0" width="{cell + 0.3:.2f}" height="9"/>'
         for i in range(STEPS)
     )
     marks = "".join(
-        f'<text class="axis mid" x="{20 + width * chart.scale.fraction(v):.1f}" y="22">{chart.show(v)}</text>'
+        f'<text class="axis mid" x="{28 + width * chart.scale.fraction(v):.1f}" y="22">{chart.show(v)}</text>'
         for v in chart.scale.ticks()
     )
-    return svg(width + 40, 26, strip + marks, f"colours of {chart.title}", "legend")
+    return svg(width + 60, 26, strip + marks, f"colours of {chart.title}", "legend")
 
 
 @dataclass(frozen=True)

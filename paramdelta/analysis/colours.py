@@ -59,7 +59,7 @@ class Scale:
 
     def css(self, value: float | None) -> str:
         """Return the class of a value's colour."""
-        if value is None or not math.isfinite(value):
+        if value is None or not math.isfinite(value) or (self.log and value <= 0.0):
             return "none"
         return f"{'d' if self.diverging else 's'}{round(self.fraction(value) * (STEPS - 1))}"
 

@@ -28,6 +28,8 @@ _DARK = (
     ":root{--page:#12161c;--card:#191f27;--ink:#e6ebf1;--quiet:#9aa7b5;--rule:#2b343f;--accent:#62b5f5;"
     "--problem:#ff8a80;--caution:#e9b44c;--note:#62b5f5;--none:#22282f}"
 )
+_KINDS = (("attn", "attention"), ("mlp", "expert", "ffn", "moe"))
+_FLOW = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up", "gate", "up_proj", "down_proj")
 _WEIGHTS = {"problem": "Problem", "caution": "Caution", "note": "Note"}
 
 
@@ -223,12 +225,13 @@ def _maps(
         ).svg()
 
 
-def _order(module: str) -> tuple[int, str]:
-    """Return where a module stands in a heat map: attention, then the feed-forward part, norms last."""
-    kinds = ("attn", "attention", "mlp", "expert", "ffn", "moe")
-    place = next((i // 2 for i, kind in enumerate(kinds) if kind in module), 3)
-    is_norm = "norm" in module or "ln_" in module
-    return (4 if is_norm else place, module)
+def _order(module: str) -> tuple[int, int, str]:
+    """Return where a module stands in a heat map: attention, then the feed-forward part, norms last; within each as
+    data flows."""
+    kind = next((at for at, words in enumerate(_KINDS) if any(word in module for word in words)), len(_KINDS))
+    if "norm" in module or "ln_" in module:
+        kind = len(_KINDS) + 1
+    return kind, next((at for at, word in enumerate(_FLOW) if word in module), len(_FLOW)), module
 
 
 def _profile(analysis: Analysis, k: int) -> str:
