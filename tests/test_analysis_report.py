@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -109,6 +110,11 @@ def test_the_page_asks_for_nothing_and_escapes_names(found: paramdelta.Analysis)
     assert r"\u202e" in shown
     assert '<img src=x onerror="alert(1)">' in shown
     assert "\u202e" not in text
+
+
+def test_warnings_are_escaped_too(found: paramdelta.Analysis) -> None:
+    text = dataclasses.replace(found, warnings=("a field <b>\u202e",)).to_html()
+    assert r"a field &lt;b&gt;\u202e</li>" in text
 
 
 def test_every_plot_says_its_values(found: paramdelta.Analysis) -> None:

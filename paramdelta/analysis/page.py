@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from paramdelta.analysis.charts import HeatMap, Line, bars, cosine, lines, number, percent, text_of
 from paramdelta.analysis.colours import Scale, css_rules
 from paramdelta.analysis.measures import DeltaMeasures, Group, Tensor, gathered
+from paramdelta.errors import escaped
 
 if TYPE_CHECKING:
     from paramdelta.analysis.result import Analysis
@@ -119,8 +120,8 @@ def _findings(analysis: Analysis) -> str:
 
 
 def text_of_words(text: str) -> str:
-    """Return a sentence for the page; names in it are escaped already, as for a terminal, and mark-up is here."""
-    return html.escape(text, quote=True)
+    """Return a sentence for the page, which may hold names: control characters shown, mark-up escaped."""
+    return html.escape(escaped(text), quote=True)
 
 
 def _between(analysis: Analysis) -> str:

@@ -95,10 +95,8 @@ class Pass:
                 for worker in workers:
                     worker.start()
                     started.append(worker)
-                while any(worker.is_alive() for worker in started):
-                    started[-1].join(WAKE_SECONDS)
-                    if not started[-1].is_alive():
-                        started[0].join(WAKE_SECONDS)
+                while (alive := next((w for w in started if w.is_alive()), None)) is not None:
+                    alive.join(WAKE_SECONDS)
                     if on_progress is not None:
                         on_progress(self.bytes_read, 0)
             except BaseException as error:
