@@ -63,7 +63,7 @@ def inputs(*, required: bool, new_base_required: bool | None = None) -> Callable
 
 
 def policies(function: F) -> F:
-    """Add the options that decide what the output holds."""
+    """Add the options that decide what the output of a merge holds."""
     return _apply(
         function,
         [
@@ -80,63 +80,79 @@ def policies(function: F) -> F:
                 metavar="T",
                 help="Write every float tensor as T: bf16, f16, f32, f64, f8_e4m3, f8_e5m2. Default: as in new_base.",
             ),
-            *_globs("Merge only tensors that match.", "Copy tensors that match from new_base."),
-            click.option(
-                "--copy-from",
-                type=click.Choice(["error", "new-base", "post"]),
-                default="error",
-                show_default=True,
-                help="Where tensors come from that cannot be paired in all three.",
-            ),
-            *_renames(),
-            click.option(
-                "--vocab",
-                type=click.Choice(["error", "extend"]),
-                default="error",
-                show_default=True,
-                help="Where vocabularies differ in size: an error, or as many rows as the larger of post and new_base.",
-            ),
-            _stacks(),
+            *_selection("copied from new_base", "new-base", "post"),
+            *_vocabulary("post and new_base"),
             *_formats(),
-            click.option(
-                "--max-shard-size",
-                metavar="SIZE",
-                help="Split the output anew, e.g. 5GB. Default: the files of new_base.",
-            ),
-            _unscaled(),
+            *_shards("new_base"),
         ],
     )
 
 
 def pairing(function: F) -> F:
     """Add the options that decide which tensors are compared with which."""
-    globs = _globs("Compare only tensors that match.", "Leave out tensors that match.")
-    return _apply(function, [*globs, *_renames(), _stacks(), _unscaled()])
+    roles = ("post", "base", "new-base")
+    return _apply(function, [*_globs("left out"), *_renames(*roles), _stacks(), _unscaled()])
 
 
-def threads_and_paths(function: F) -> F:
-    """Add the options of a pass that reads and writes nothing."""
-    return _apply(function, [_threads(), *_paths()])
+def policies_of_deltas(function: F) -> F:
+    """Add the options that decide what a delta holds."""
+    left_plain = click.option(
+        "--no-quantise", multiple=True, metavar="GLOB", help="Leave tensors that match in f32 under --dtype f8."
+    )
+    return _apply(
+        function, [*_selection("zeros", "new-base"), *_vocabulary("post and base"), left_plain, *_shards("post")]
+    )
 
 
-def _globs(include: str, exclude: str) -> list[Callable[[F], F]]:
+def _selection(untouched: str, *donors: str) -> list[Callable[[F], F]]:
+    """Return the options that say which tensors are paired, and what the others become."""
+    several = len(donors) > 1
+    roles = ("post", "base", "new-base") if several else ("post", "base")
     return [
-        click.option("--include", multiple=True, metavar="GLOB", help=include),
-        click.option("--exclude", multiple=True, metavar="GLOB", help=exclude),
+        *_globs(untouched),
+        click.option(
+            "--copy-from",
+            type=click.Choice(["error", *donors]),
+            default="error",
+            show_default=True,
+            help="Where tensors come from that cannot be paired."
+            if several
+            else "new-base: zeros for what cannot be paired.",
+        ),
+        *_renames(*roles),
     ]
 
 
-def _renames() -> list[Callable[[F], F]]:
+def _globs(untouched: str) -> list[Callable[[F], F]]:
     return [
-        *(
-            click.option(
-                f"--rename-{role}",
-                multiple=True,
-                metavar="REGEX=REPL",
-                help=f"Rename tensors of {role} before pairing (re.sub).",
-            )
-            for role in ("post", "base", "new-base")
+        click.option("--include", multiple=True, metavar="GLOB", help=f"Only what matches is not {untouched}."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help=f"What matches is {untouched}."),
+    ]
+
+
+def _renames(*roles: str) -> list[Callable[[F], F]]:
+    return [
+        click.option(
+            f"--rename-{role}",
+            multiple=True,
+            metavar="REGEX=REPL",
+            help=f"Rename tensors of {role} before pairing (re.sub).",
+        )
+        for role in roles
+    ]
+
+
+def _vocabulary(larger: str) -> list[Callable[[F], F]]:
+    """Return the options about tensors whose shapes differ or do not tell."""
+    return [
+        click.option(
+            "--vocab",
+            type=click.Choice(["error", "extend"]),
+            default="error",
+            show_default=True,
+            help=f"Where vocabularies differ in size: an error, or as many rows as the larger of {larger}.",
         ),
+        _stacks(),
     ]
 
 
@@ -150,34 +166,20 @@ def _stacks() -> Callable[[F], F]:
     )
 
 
-def _unscaled() -> Callable[[F], F]:
-    return click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers.")
-
-
-def _threads() -> Callable[[F], F]:
-    return click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
-    )
-
-
-def _paths() -> list[Callable[[F], F]]:
+def _shards(followed: str) -> list[Callable[[F], F]]:
+    """Return the options about the files of the output and what is read of fp8."""
     return [
         click.option(
-            "--io",
-            type=click.Choice(["auto", "buffered", "direct"]),
-            default="auto",
-            show_default=True,
-            help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
+            "--max-shard-size",
+            metavar="SIZE",
+            help=f"Split the output anew, e.g. 5GB. Default: the files of {followed}.",
         ),
-        click.option(
-            "--isa",
-            type=click.Choice(["scalar", "avx2", "avx512"]),
-            help="Instruction set (default: the best here; same bytes).",
-        ),
+        _unscaled(),
     ]
+
+
+def _unscaled() -> Callable[[F], F]:
+    return click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers.")
 
 
 def _formats() -> list[Callable[[F], F]]:
@@ -227,6 +229,37 @@ def machine(function: F) -> F:
             *_paths(),
         ],
     )
+
+
+def threads_and_paths(function: F) -> F:
+    """Add the options of a pass that reads and writes nothing."""
+    return _apply(function, [_threads(), *_paths()])
+
+
+def _threads() -> Callable[[F], F]:
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
+    )
+
+
+def _paths() -> list[Callable[[F], F]]:
+    return [
+        click.option(
+            "--io",
+            type=click.Choice(["auto", "buffered", "direct"]),
+            default="auto",
+            show_default=True,
+            help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
+        ),
+        click.option(
+            "--isa",
+            type=click.Choice(["scalar", "avx2", "avx512"]),
+            help="Instruction set (default: the best here; same bytes).",
+        ),
+    ]
 
 
 def ranks(function: F) -> F:
