@@ -26,6 +26,7 @@ from paramdelta.errors import (
 
 if TYPE_CHECKING:
     from paramdelta import ops, reference
+    from paramdelta.analysis import Analysis, analyze
     from paramdelta.deltas import apply, extract
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
@@ -37,6 +38,8 @@ __version__ = "0.1.0"
 JSON_VERSION = 1  # of the documents that --json prints (docs/json.md)
 
 _LAZY = {
+    "analyze": "paramdelta.analysis",
+    "Analysis": "paramdelta.analysis",
     "merge": "paramdelta.merging",
     "stream": "paramdelta.streaming",
     "verify": "paramdelta.verification",
@@ -49,6 +52,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Analysis",
     "CheckpointError",
     "Complaint",
     "InputError",
@@ -61,6 +65,7 @@ __all__ = [
     "PrecisionError",
     "StorageError",
     "__version__",
+    "analyze",
     "apply",
     "extract",
     "finalize",

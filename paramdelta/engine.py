@@ -270,7 +270,7 @@ def start(
     options = options or EngineOptions()
     paths = paths or paths_for(work, outputs, options)
     threads, slot_bytes = options.resolve(work, paths)
-    _allow_open_files(2 * (len(work.inputs) + len(outputs)))  # direct files are open for the page cache, too
+    allow_open_files(2 * (len(work.inputs) + len(outputs)))  # direct files are open for the page cache, too
     try:
         engine = _cpu.Engine(
             columns={name: getattr(work, name) for name in COLUMNS},
@@ -304,7 +304,7 @@ def _opened(file: Any, access: str | None) -> Any:
     return (os.fsencode(file), access or CACHED) if isinstance(file, Path) else file
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """Raise this process's soft limit on open files to what the run needs, where the hard limit allows it."""
     needed = count + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

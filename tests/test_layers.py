@@ -20,7 +20,7 @@ LAYERS = [
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("verification", "streaming", "deltas"),
+    ("verification", "streaming", "deltas", "analysis"),
     ("recompute", "integrity"),
     ("coordination",),
     ("gathering",),

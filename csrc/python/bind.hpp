@@ -13,8 +13,12 @@ namespace paramdelta {
 // The instruction set of that name, or the best one; throws cpu::UnavailableIsa.
 cpu::Isa isa_of(const std::optional<std::string>& name);
 
+// An operand as it crosses: (address, dtype number); throws std::invalid_argument for a number without arithmetic.
+Operand operand_of(std::uintptr_t address, int code);
+
 void bind_ops(pybind11::module_& module);
 void bind_checksums(pybind11::module_& module);
+void bind_gram(pybind11::module_& module);
 void bind_scaled(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paramdelta import __version__
-from paramdelta.cli import deltas, options
+from paramdelta.cli import analysis, deltas, options
 
 _EXAMPLES = """
 \b
@@ -221,6 +221,9 @@ def verify(out: str, memory: str, as_json: bool, quiet: bool, **arguments: Any) 
         present.verify_report(report)
     if report.problems:
         raise click.exceptions.Exit(1)
+
+
+cli.add_command(analysis.analyze)
 
 
 @cli.command(short_help="Make, merge and verify three small checkpoints.")

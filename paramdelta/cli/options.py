@@ -24,7 +24,7 @@ def _one_or_several(_: click.Context, __: click.Parameter, value: tuple[str, ...
     return list(value) if len(value) > 1 else next(iter(value), None)
 
 
-def inputs(*, required: bool) -> Callable[[F], F]:
+def inputs(*, required: bool, new_base_required: bool | None = None) -> Callable[[F], F]:
     """Add ``--post``, ``--base`` and ``--new-base``. The first two are lists where they are given more than once."""
 
     def wrap(function: F) -> F:
@@ -51,7 +51,7 @@ def inputs(*, required: bool) -> Callable[[F], F]:
                 ),
                 click.option(
                     "--new-base",
-                    required=required,
+                    required=required if new_base_required is None else new_base_required,
                     type=FOLDER,
                     metavar="DIR",
                     help="The base that is to get the post-training.",
@@ -88,6 +88,12 @@ def policies(function: F) -> F:
     )
 
 
+def pairing(function: F) -> F:
+    """Add the options that decide which tensors are compared with which."""
+    roles = ("post", "base", "new-base")
+    return _apply(function, [*_globs("left out"), *_renames(*roles), _stacks(), _unscaled()])
+
+
 def policies_of_deltas(function: F) -> F:
     """Add the options that decide what a delta holds."""
     left_plain = click.option(
@@ -103,8 +109,7 @@ def _selection(untouched: str, *donors: str) -> list[Callable[[F], F]]:
     several = len(donors) > 1
     roles = ("post", "base", "new-base") if several else ("post", "base")
     return [
-        click.option("--include", multiple=True, metavar="GLOB", help=f"Only what matches is not {untouched}."),
-        click.option("--exclude", multiple=True, metavar="GLOB", help=f"What matches is {untouched}."),
+        *_globs(untouched),
         click.option(
             "--copy-from",
             type=click.Choice(["error", *donors]),
@@ -114,15 +119,26 @@ def _selection(untouched: str, *donors: str) -> list[Callable[[F], F]]:
             if several
             else "new-base: zeros for what cannot be paired.",
         ),
-        *(
-            click.option(
-                f"--rename-{role}",
-                multiple=True,
-                metavar="REGEX=REPL",
-                help=f"Rename tensors of {role} before pairing (re.sub).",
-            )
-            for role in roles
-        ),
+        *_renames(*roles),
+    ]
+
+
+def _globs(untouched: str) -> list[Callable[[F], F]]:
+    return [
+        click.option("--include", multiple=True, metavar="GLOB", help=f"Only what matches is not {untouched}."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help=f"What matches is {untouched}."),
+    ]
+
+
+def _renames(*roles: str) -> list[Callable[[F], F]]:
+    return [
+        click.option(
+            f"--rename-{role}",
+            multiple=True,
+            metavar="REGEX=REPL",
+            help=f"Rename tensors of {role} before pairing (re.sub).",
+        )
+        for role in roles
     ]
 
 
@@ -143,14 +159,18 @@ def _vocabulary(larger: str, *, aligned: bool = False) -> list[Callable[[F], F]]
             help=f"Where vocabularies differ: an error; extend: as many rows as the larger of {larger}{by_token}.",
         ),
         *([tokenizer] if aligned else []),
-        click.option(
-            "--stacks",
-            multiple=True,
-            metavar="ROLE=KIND",
-            help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
-            "interleaved (gate and up row by row).",
-        ),
+        _stacks(),
     ]
+
+
+def _stacks() -> Callable[[F], F]:
+    return click.option(
+        "--stacks",
+        multiple=True,
+        metavar="ROLE=KIND",
+        help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
+        "interleaved (gate and up row by row).",
+    )
 
 
 def _shards(followed: str) -> list[Callable[[F], F]]:
@@ -161,8 +181,12 @@ def _shards(followed: str) -> list[Callable[[F], F]]:
             metavar="SIZE",
             help=f"Split the output anew, e.g. 5GB. Default: the files of {followed}.",
         ),
-        click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers."),
+        _unscaled(),
     ]
+
+
+def _unscaled() -> Callable[[F], F]:
+    return click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers.")
 
 
 def _formats() -> list[Callable[[F], F]]:
@@ -201,12 +225,7 @@ def machine(function: F) -> F:
     return _apply(
         function,
         [
-            click.option(
-                "--threads",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
-            ),
+            _threads(),
             click.option(
                 "--memory",
                 metavar="SIZE",
@@ -214,20 +233,40 @@ def machine(function: F) -> F:
                 show_default=True,
                 help="Memory for buffers, e.g. 256MiB; auto: what the storage asks for, 2 to 128 MiB as a rule.",
             ),
-            click.option(
-                "--io",
-                type=click.Choice(["auto", "buffered", "direct"]),
-                default="auto",
-                show_default=True,
-                help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
-            ),
-            click.option(
-                "--isa",
-                type=click.Choice(["scalar", "avx2", "avx512"]),
-                help="Instruction set (default: the best here; same bytes).",
-            ),
+            *_paths(),
         ],
     )
+
+
+def threads_and_paths(function: F) -> F:
+    """Add the options of a pass that reads and writes nothing."""
+    return _apply(function, [_threads(), *_paths()])
+
+
+def _threads() -> Callable[[F], F]:
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
+    )
+
+
+def _paths() -> list[Callable[[F], F]]:
+    return [
+        click.option(
+            "--io",
+            type=click.Choice(["auto", "buffered", "direct"]),
+            default="auto",
+            show_default=True,
+            help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
+        ),
+        click.option(
+            "--isa",
+            type=click.Choice(["scalar", "avx2", "avx512"]),
+            help="Instruction set (default: the best here; same bytes).",
+        ),
+    ]
 
 
 def ranks(function: F) -> F:
