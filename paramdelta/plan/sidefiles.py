@@ -111,6 +111,7 @@ def record(request: MergeRequest, checkpoints: Mapping[str, Checkpoint], policie
         "inputs": {
             role: {
                 "name": c.label,
+                **({"revision": c.revision} if c.revision else {}),
                 "files": [{"name": f.name, "bytes": f.size, "header_sha256": f.digest} for f in c.files],
             }
             for role, c in checkpoints.items()
