@@ -34,7 +34,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     chat = found["acme/chat"]
     (chat / "LICENSE").write_text("Do as you like.\n")
     (chat / "original").mkdir()
-    for name in ("pytorch_model.bin", "consolidated.safetensors", "original/model.pth", "original/params.json", "a.png"):
+    for name in (
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/model.pth",
+        "original/params.json",
+        "a.png",
+    ):
         (chat / name).write_bytes(b"not needed")
     (where / "pickled").mkdir()
     (where / "pickled" / "config.json").write_text("{}")
@@ -136,8 +142,18 @@ REFUSED: dict[str, tuple[str, dict[str, str], str, str]] = {
     "not-found": ("acme/chatt", {}, "no model of this name on the Hub that this account may see", "hf auth login"),
     "revision": ("acme/chat@v9", {}, "acme/chat has no revision v9", "name a branch, tag or commit"),
     "gated": ("acme/base", {}, "acme/base is gated, and this account has no access", "ask for it"),
-    "offline": ("acme/chat", {"HF_HUB_OFFLINE": "1"}, "the Hub may not be asked (HF_HUB_OFFLINE)", "paramdelta inspect acme/chat"),
-    "unreachable": ("acme/chat", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub cannot be reached", "paramdelta inspect"),
+    "offline": (
+        "acme/chat",
+        {"HF_HUB_OFFLINE": "1"},
+        "the Hub may not be asked (HF_HUB_OFFLINE)",
+        "paramdelta inspect acme/chat",
+    ),
+    "unreachable": (
+        "acme/chat",
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        "the Hub cannot be reached",
+        "paramdelta inspect",
+    ),
     "no-safetensors": ("acme/pickled", {}, "neither model.safetensors nor an index", "save_pretrained"),
 }
 
