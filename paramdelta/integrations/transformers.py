@@ -51,7 +51,7 @@ def load_merged(
     model : name of a class in transformers, or a class with its ``from_pretrained``
     post, base, new_base : checkpoint folders, or models on the Hub; lists of post and base for several deltas
     dtype : every float tensor is rounded once to it, as with :func:`paramdelta.merge`; default: as in new_base
-    device : where the model goes, as in ``torch.device``; default: the CPU
+    device : where the model goes, as in ``torch.device``; default: the CPU. transformers needs accelerate for it
     model_options : further arguments of ``from_pretrained``, such as ``attn_implementation`` or ``device_map``
     threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`
     **policies : as in :func:`paramdelta.merge`, except ``overwrite``

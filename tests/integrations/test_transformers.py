@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import paramdelta
 torch = pytest.importorskip("torch", reason="the models of this test are made by torch")
 transformers = pytest.importorskip("transformers", reason="the models of this test are made by transformers")
 
-from test_models import FAMILIES, make_models, tensors_of  # noqa: E402
+from test_models import FAMILIES, SIZES, make_models, tensors_of  # noqa: E402
 
 from paramdelta import mapping  # noqa: E402
 from paramdelta.integrations.transformers import load_merged  # noqa: E402
@@ -98,6 +100,80 @@ def test_stays_meta_free_and_single(tmp_path: Path) -> None:
     assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
+PEAK = """
+import sys
+import torch
+from paramdelta import mapping
+from paramdelta.integrations.transformers import load_merged
+from transformers import Qwen3MoeForCausalLM  # before memory is looked at
+
+torch.set_num_threads(1)
+mapping.AHEAD_BYTES, mapping.KEPT_BYTES = 1 << 20, 4 << 20
+
+
+def status(field):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(field)]
+    return int(line.split()[1]) << 10
+
+
+before = status("VmRSS")
+folder = sys.argv[1]
+model = load_merged(Qwen3MoeForCausalLM, post=folder, base=folder, new_base=folder, threads=2, memory=8 << 20)
+sizes = [p.nbytes for p in model.parameters()]
+print(status("VmHWM") - before, sum(sizes), max(sizes))
+"""
+
+
+def test_memory_is_that_of_the_model(tmp_path: Path) -> None:
+    """Beside the model there are the parts of one stack of experts, the stack of each half, and the engine's buffers;
+    not the tensors of the whole checkpoint."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 3}
+    config = transformers.Qwen3MoeConfig(**SIZES | sizes, head_dim=32, tie_word_embeddings=False)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "model"],
+        env=os.environ | {"PYTHONPATH": str(Path(paramdelta.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, model, stack = map(int, done.stdout.split())
+    assert stack > 30_000_000, "no stack of experts: the test has lost its point"
+    assert peak < model + 3 * stack + (32 << 20) < 2 * model
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_new_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folders = made("llama-untied", tmp_path)
+    for folder in folders.values():
+        (folder / "own.py").write_text(CUSTOM)
+        config = json.loads((folder / "config.json").read_text())
+        own = {"model_type": "own", "architectures": ["OwnModel"]}
+        auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        (folder / "config.json").write_text(json.dumps(config | own | {"auto_map": auto}))
+    paramdelta.merge(**folders, out=tmp_path / "out")
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", trust_remote_code=True)
+    here = load_merged(**folders, model_options={"trust_remote_code": True})
+    assert type(here).__name__ == "OwnModel"
+    a, b = state(here), state(there)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_errors_are_ours(tmp_path: Path) -> None:
     """Also those that come while transformers loads."""
     folders = made("llama-untied", tmp_path)
@@ -108,6 +184,12 @@ def test_errors_are_ours(tmp_path: Path) -> None:
     (folders["new_base"] / "config.json").unlink()
     with pytest.raises(paramdelta.InputError, match="no model can be made"):
         load_merged(**folders)
+
+
+def test_a_device(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers puts models on a device with accelerate")
+    folders = made("llama-tied", tmp_path)
+    same_model(load_merged(**folders, device="cpu"), load_merged(**folders))
 
 
 @pytest.mark.parametrize("theirs", [False, True], ids=["in-loading-order", "in-any-order"])
