@@ -66,7 +66,7 @@ def load_merged(
     if device is not None:
         options.setdefault("device_map", device)
     if dtype is not None:
-        policies["dtype"] = parse_dtype("dtype", dtype)
+        policies["dtype"] = dtype if isinstance(dtype, str) else parse_dtype("dtype", dtype)
     tensors = MergedTensors.open(
         post, base, new_base, framework="pt", threads=threads, memory=memory, isa=isa, io=io, **policies
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import examples
 from hub_server import COMMIT, OTHER_COMMIT, Hub, serving
 
 import paramdelta
@@ -22,6 +23,7 @@ from paramdelta.checkpoint import hub as identifiers
 pytest.importorskip("huggingface_hub", reason="models are fetched by huggingface_hub")
 
 ROOT = Path(paramdelta.__file__).resolve().parent.parent
+MODELS = ["meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-3.1-8B"]
 THREE = ("--post", "acme/chat@v1", "--base", "acme/base", "--new-base", "acme/base-2")
 
 
@@ -54,14 +56,19 @@ def hub(models: dict[str, Path]) -> Iterator[Hub]:
         yield served
 
 
+def clean(hub_url: str, home: Path) -> dict[str, str]:
+    """Return an environment with a hub and a cache of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return kept | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub_url, "HF_HOME": str(home)}
+
+
 def run(hub_url: str, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in an empty folder, with a hub and a cache of its own."""
+    """Run the command line in an empty folder."""
     work = home.parent / "work"
     work.mkdir(exist_ok=True)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     return subprocess.run(
         [sys.executable, "-m", "paramdelta", *arguments],
-        env=kept | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub_url, "HF_HOME": str(home)} | environment,
+        env=clean(hub_url, home) | environment,
         cwd=work,
         capture_output=True,
         text=True,
@@ -109,6 +116,21 @@ def test_merges_by_name_then_offline(hub: Hub, models: dict[str, Path], tmp_path
     assert filecmp.cmpfiles(tmp_path / "out", tmp_path / "again", files, shallow=False)[0] == files
     checked = run(hub.url, home, "verify", str(tmp_path / "out"), *THREE, "--json", HF_HUB_OFFLINE="1")
     assert json.loads(checked.stdout)["problems"] == []
+
+
+def test_the_documented_commands(models: dict[str, Path], tmp_path: Path) -> None:
+    """Those of docs/integrations.md, in bash, where ``paramdelta`` is this one and the Hub is here."""
+    named = dict(zip(("acme/chat", "acme/base", "acme/base-2"), MODELS, strict=True))
+    program = tmp_path / "paramdelta"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m paramdelta "$@"\n')
+    program.chmod(0o755)
+    (script,) = examples("Models on the Hub", "sh")
+    with serving({named[name]: folder for name, folder in models.items() if name in named}) as served:
+        environment = clean(served.url, tmp_path / "home") | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-ec", script], env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    inputs = json.loads((tmp_path / "merged" / "paramdelta.json").read_text())["inputs"]
+    assert [source["name"] for source in inputs.values()] == MODELS
 
 
 def test_one_repository_in_several_roles_is_fetched_once(hub: Hub, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import NAMES, examples
 
 import paramdelta
 from benchmarks.peers import mergekit as peer
@@ -51,6 +52,8 @@ models:
     parameters: {{role: base}}
 """
 
+GRADIENT = PLAIN.replace("alpha: 0.7", "alpha: [0.25, 0.75]")  # along the layers, of which there are two
+
 SEVERAL = """
 merge_method: paramdelta
 base_model: {new_base}
@@ -73,12 +76,12 @@ models: [{{model: {post}}}]
 TOO_LARGE = PLAIN.replace("alpha: 0.7", "alpha: 1.0e+45")
 
 
-def in_mergekit(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def in_mergekit(*arguments: str | Path, at: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python in mergekit's environment, with this package importable."""
     python = Path(str(peer.executable())).parent / "python"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | peer.environment(1) | {"PYTHONPATH": path}
-    return subprocess.run([python, *arguments], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run([python, *arguments], env=environment, cwd=at, capture_output=True, text=True, check=False)
 
 
 def run_command(config: str, out: Path) -> subprocess.CompletedProcess[str]:
@@ -122,6 +125,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one-delta": (PLAIN, {"post": "post", "base": "base", "alpha": 0.7}),
     "filters": (BY_FILTER, {"post": "post", "base": "base", "alpha": {"*": 1.0, "lm_head*": 0.0, "*self_attn*": 0.5}}),
+    "gradient": (GRADIENT, {"post": "post", "base": "base", "alpha": {"*": 0.25, "model.layers.1.*": 0.75}}),
     "several": (SEVERAL, {"post": ["post", "post_2"], "base": ["base", "base"], "alpha": [0.75, -0.5]}),
     "against-base-model": (AGAINST_NEW_BASE, {"post": "post", "base": "new_base"}),
     # post in f32: what is cast to one dtype first, or last, is rounded more than once
@@ -156,6 +160,20 @@ def test_same_bits_as_a_merge(case: str, folders: dict[str, Path], theirs: Path,
     options = {name: roles(value, folders) for name, value in CASES[case][1].items()}
     paramdelta.merge(new_base=folders["new_base"], out=tmp_path / "ours", **options)
     same_bits(tmp_path / "ours", theirs / case)
+
+
+def test_the_documented_configuration(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The YAML and the command of docs/integrations.md, in a folder with checkpoints of those names."""
+    for role, name in NAMES.items():
+        (tmp_path / name).symlink_to(folders[role])
+    (tmp_path / "merge.yaml").write_text(examples("mergekit", "yaml")[0])
+    program, *arguments = examples("mergekit", "sh")[0].split()
+    assert program == "paramdelta-mergekit"
+    arguments.append("--no-write-model-card")  # for it mergekit asks the Hub whether these names are models there
+    done = in_mergekit("-m", "paramdelta.integrations.mergekit", *arguments, at=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    paramdelta.merge(**{role: folders[role] for role in NAMES}, out=tmp_path / "ours", alpha=0.7)
+    same_bits(tmp_path / "ours", tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import paramdelta
 torch = pytest.importorskip("torch", reason="the models of this test are made by torch")
 transformers = pytest.importorskip("transformers", reason="the models of this test are made by transformers")
 
-from test_models import FAMILIES, SIZES, make_models, tensors_of  # noqa: E402
+from test_models import FAMILIES, SIZES, Family, make_models, tensors_of  # noqa: E402
 
 from paramdelta import mapping  # noqa: E402
 from paramdelta.integrations.transformers import load_merged  # noqa: E402
@@ -77,8 +77,32 @@ def test_the_model_is_that_of_the_folder(family: str, tmp_path: Path) -> None:
         assert torch.equal(*tokens)
 
 
-def test_class_dtype_and_device(tmp_path: Path) -> None:
-    """A class instead of a name; the dtype is that of the merge, rounded once; a device as transformers takes it."""
+def llama4() -> Any:
+    vision = {
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    widths = dict.fromkeys(("hidden_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
+    text = SIZES | {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    return transformers.Llama4Config(text_config=text, vision_config=vision | widths)
+
+
+def test_a_model_of_several_parts(tmp_path: Path) -> None:
+    """All of it, and the language model alone, whose class takes a part of the config."""
+    whole = "AutoModelForImageTextToText"
+    make_models(Family(llama4, whole, ""), tmp_path)
+    folders = {role: tmp_path / role for role in ROLES}
+    paramdelta.merge(**folders, out=tmp_path / "out", alpha=0.5)
+    for auto in (whole, "AutoModelForCausalLM"):
+        there = getattr(transformers, auto).from_pretrained(tmp_path / "out", dtype="auto")
+        same_model(load_merged(auto, **folders, alpha=0.5), there)
+
+
+def test_class_and_dtype(tmp_path: Path) -> None:
+    """A class instead of a name; the dtype is that of the merge, rounded once."""
     folders = made("llama-untied", tmp_path)
     paramdelta.merge(**folders, out=tmp_path / "out", dtype="f32")
     there = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -90,7 +114,7 @@ def test_class_dtype_and_device(tmp_path: Path) -> None:
     same_model(without_head[0], transformers.AutoModel.from_pretrained(tmp_path / "out", dtype="auto"))
 
 
-def test_stays_meta_free_and_single(tmp_path: Path) -> None:
+def test_nothing_is_written_or_left_empty(tmp_path: Path) -> None:
     """No file is left or written beside the inputs; nothing of the model is on the meta device."""
     folders = made("qwen2", tmp_path)
     before = sorted(tmp_path.rglob("*"))
