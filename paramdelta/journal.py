@@ -55,8 +55,9 @@ def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
         "paramdelta": paramdelta.__version__,
         "request": plan.request.to_dict(),
         "inputs": {
-            role: {file.name: _fingerprint(checkpoint, i) for i, file in enumerate(checkpoint.files)}
+            role: {file.name: _fingerprint(checkpoint, i) for i, file in enumerate(checkpoint.inputs)}
             for role, checkpoint in plan.checkpoints.items()
+            if not checkpoint.zeros
         },
         "plan": _digest(plan),
     }

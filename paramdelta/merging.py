@@ -8,7 +8,8 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,7 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     request = plan.request
     assert request.out is not None
     with plan.watched_inputs():
+        _check_sums(plan, staging.folder, result)
         _write_side_files(plan, staging.folder, result)
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
     lossy = _too_lossy(quantised, request.max_quant_error)
@@ -175,20 +177,46 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     return report
 
 
+def _check_sums(plan: Plan, folder: Path, result: engine.RunResult) -> None:
+    """Raise StorageError where a tensor has not come out as it is known to be."""
+    if not plan.sums:
+        return
+    found = result.checksums
+    if found is None:
+        found = sums.read([folder / name for name, _ in plan.work.outputs], plan.work.extents)
+    made = zip(plan.names, sums.spelled(found, plan.layout.nbytes.tolist()), strict=True)
+    wrong = [name for name, crc32 in made if plan.sums.get(name, crc32) != crc32]
+    if wrong:
+        more = f" and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+        raise StorageError(
+            f"{shown(wrong[0])}{more}: base and delta do not give back what the delta was taken from",
+            remedy="new_base is another one, or either folder is damaged: paramdelta verify checks the delta",
+        )
+
+
 def _write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:
     """Write what the folder holds besides weights, the record last: it has the checksums of all else."""
-    from paramdelta.plan.sidefiles import RECORD, with_checksums
+    from paramdelta.plan.sidefiles import RECORD, with_checksums, with_losses
 
     files = dict(plan.written_files())
     record = files.pop(RECORD)
     assert isinstance(record, bytes)
     write_files(folder, files.items())
+    if plan.request.kind == "extract":
+        record = with_losses(record, [asdict(of_format) for of_format in _rounded(losses(plan, result))])
     if plan.has_checksums:
         found = result.checksums
         if found is None:  # a part was written by a run that was not to keep them
             found = sums.read([folder / name for name, _ in plan.work.outputs], plan.work.extents)
         record = with_checksums(record, sums.document(plan, folder, files, found))
     write_files(folder, [(RECORD, record)])
+
+
+def _rounded(lost: tuple[Quantised, ...]) -> Iterator[Quantised]:
+    """Yield losses to three digits: sums of many workers are not the same to the last."""
+    for q in lost:
+        worst = tuple((name, float(f"{error:.3g}")) for name, error in q.worst)
+        yield replace(q, relative_error=float(f"{q.relative_error:.3g}"), worst=worst)
 
 
 def check_space(plan: Plan, folder: Path) -> None:

@@ -22,7 +22,7 @@ LAYERS = [
     ("cli",),
     ("demo",),
     ("mapping",),
-    ("verification", "streaming"),
+    ("verification", "streaming", "deltas"),
     ("recompute", "integrity"),
     ("coordination",),
     ("gathering",),

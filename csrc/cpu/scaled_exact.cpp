@@ -22,7 +22,7 @@ std::uint64_t code_at(const Matrix& matrix, std::size_t r, std::size_t c) {
 
 struct Value {
   std::uint64_t code = 0;
-  double scale = 1.0;
+  std::uint32_t scale = 0;  // as stored
   int zero = 8;
   double value = 0.0;
 };
@@ -32,9 +32,7 @@ Value value_at(const Matrix& matrix, std::size_t r, std::size_t c) {
   if (matrix.data == nullptr) return v;
   v.code = code_at(matrix, r, c);
   const Scales& s = matrix.scales;
-  if (s.data != nullptr)
-    v.scale =
-        value_scale(s.second, s.second_value, decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, r, c))));
+  if (s.data != nullptr) v.scale = load_scale(s.dtype, s.data, scale_index(s, r, c));
   if (matrix.codec == Codec::i4 && s.zero_points != nullptr) {
     const std::size_t row = r + s.zero_phase, col = s.cols == 0 ? 0 : (c + s.col_phase) / s.cols;
     const std::ptrdiff_t word = static_cast<std::ptrdiff_t>(row / 8) * s.zero_pitch + static_cast<std::ptrdiff_t>(col);
@@ -49,16 +47,23 @@ Value value_at(const Matrix& matrix, std::size_t r, std::size_t c) {
     case Codec::i4: code = static_cast<double>(static_cast<int>(v.code) - v.zero); break;
     default: code = decode_code(matrix.codec, static_cast<std::uint32_t>(v.code));
   }
-  v.value = s.data == nullptr ? code : code * v.scale;
+  v.value = s.data == nullptr ? code : code * value_scale(s.second, s.second_value, decode_scale(s.dtype, v.scale));
   return v;
 }
 
-// Equal by their stored bits, so that NaN equals the same NaN and Inf − Inf is no difference.
+bool same_second(const Scales& a, const Scales& b) {
+  return a.second == b.second &&
+         (a.second == Second::none || bits_as<std::uint32_t>(a.second_value) == bits_as<std::uint32_t>(b.second_value));
+}
+
+// Equal by their stored bits, so that NaN equals the same NaN and Inf − Inf is no difference. Scales whose quotients
+// by the second level are the same Inf are not the same bits.
 bool same_bits(const Matrix& a, const Matrix& b, const Value& va, const Value& vb) {
   if (a.data == nullptr && b.data == nullptr) return true;
   if (a.data == nullptr || b.data == nullptr || a.codec != b.codec) return false;
-  return va.code == vb.code && va.zero == vb.zero &&
-         bits_as<std::uint64_t>(va.scale) == bits_as<std::uint64_t>(vb.scale);
+  if (va.code != vb.code || va.zero != vb.zero) return false;
+  if (a.scales.data == nullptr || b.scales.data == nullptr) return a.scales.data == b.scales.data;
+  return a.scales.dtype == b.scales.dtype && va.scale == vb.scale && same_second(a.scales, b.scales);
 }
 
 struct Sum {

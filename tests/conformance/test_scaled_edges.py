@@ -95,6 +95,24 @@ def test_scales_that_are_odd(isa: str, kind: Kind) -> None:
             check(new_base, [ScaledTerm(changed[0], changed[0])], output, isa=isa)
 
 
+@pytest.mark.parametrize("second", ["multiply", "divide"])
+def test_second_scales_that_are_odd(isa: str, second: str) -> None:
+    """Second scales that make unlike scales the same Inf, NaN or zero: only the same stored bits are no delta."""
+    rng = np.random.default_rng(6)
+    kind = Kind("f4", 1, 16, "f8_e4m3", second)
+    post, base, new_base = weights(rng, (64, 256), (kind, kind, kind), 0.5)
+    assert base.scales is not None
+    scales = base.scales.copy()
+    scales[::4] = rng.choice([0, 1, 0x7E, 0x7F, 0x80, 0xFE, 0xFF], scales[::4].shape)
+    post, base = base._replace(scales=scales), base._replace(scales=np.roll(scales, 1, 0))
+    values = [0.0, -0.0, 1e-40, -1e-40, 1.0, 3.4e38, -3.4e38, np.inf, np.nan]
+    for ours in values:
+        for theirs in (values[0], values[3], ours):
+            term = ScaledTerm(post._replace(second=ours), base._replace(second=theirs))
+            check(new_base, [term], Output("f4", RECIPES["nvfp4-modelopt"], 1, 16, "f8_e4m3", 0.5), isa=isa)
+            check(new_base, [term, ScaledTerm(term.base, term.base)], Output("bf16"), isa=isa)
+
+
 @pytest.mark.parametrize("output", QUANTISED, ids=output_id)
 @pytest.mark.parametrize("alpha", [1.0, 0.01, 8.0])
 def test_keep(isa: str, output: Output, alpha: float) -> None:

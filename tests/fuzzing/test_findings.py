@@ -27,6 +27,10 @@ PLANS = {
         "77296c7cd4417f7f7f7f7f7f7f2e19c2f3eee810c203bc4d4e2a16d6e672d300aeb6d2b115656cc7514ccd6ef8540595aff54e49ec2ffd"
         "a5a6ddddc72e76f2788f0922e969769a4f5ef386245fe45a2a"
     ),
+    "second scales of 0 and of a negative number, by which unlike scales divide to the same infinity": (
+        "f8009f4d4d4d4d4d4d4d4d4d4dffffffffffffff1b4d4d4d4d4d4d4d4d4d4d4d4d4d284d4d4d4d4d4d4d4d4d009f4d4d4d4d4d4d4d4d4d"
+        "4d4c000000000000004d4d4d4d4d4d4d4d4d4d4b4d4d4d4d4d8d"
+    ),
 }
 
 
