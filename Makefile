@@ -9,10 +9,10 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.?pp' 2>/dev/null)
 CPP := $(shell find csrc benchmarks -name '*.?pp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench fuzz sanitize wheel sdist clean
+.PHONY: help demo test test-mergekit lint format bench fuzz sanitize wheel sdist clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 $(VENV)/.package: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,16 @@ demo: $(VENV)/.package  ## Write three small checkpoints, merge them, verify the
 
 test: $(VENV)/.tools  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-mergekit: $(VENV)/.tools build/mergekit/venv/.ready  ## Run the tests of the merge method in a real mergekit
+	PARAMDELTA_MERGEKIT=$(CURDIR)/build/mergekit/venv/bin/mergekit-yaml \
+		$(BIN)/python -m pytest tests/integrations/test_mergekit.py $(PYTEST_ARGS)
+
+# An environment of its own: mergekit pins much. Its torch comes first, from an index of CPU builds if there is one.
+build/mergekit/venv/.ready: $(SOURCES) benchmarks/peers/setup_mergekit.py constraints.txt
+	test -x build/mergekit/venv/bin/mergekit-yaml || $(PYTHON) -m benchmarks.peers.setup_mergekit build/mergekit/venv
+	build/mergekit/venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt --editable .
+	touch $@
 
 lint: $(VENV)/.tools  ## Check format, style and types
 	$(BIN)/ruff format --check .

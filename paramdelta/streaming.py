@@ -3,7 +3,7 @@ While the caller uses one batch of tensors, the engine fills the next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,15 +65,15 @@ def stream(
 def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:
     work, _ = engine.settle(plan.work, tensors=len(plan.names), options=options)
     plan.check_inputs()
-    ahead: _Batch | None = None
+    ahead: Batch | None = None
     groups = _grouped(plan, batch_bytes)
     try:
         first = next(groups, None)
-        ahead = None if first is None else _Batch(plan, work, first, framework, options)
+        ahead = None if first is None else Batch(plan, work, first, framework, options)
         while ahead is not None:
             ready, following = ahead, next(groups, None)
             tensors = ready.finish()
-            ahead = None if following is None else _Batch(plan, work, following, framework, options)
+            ahead = None if following is None else Batch(plan, work, following, framework, options)
             yield from tensors
     except (StorageError, ValueError):
         plan.check_inputs()  # a cause that says more than what it led to
@@ -96,10 +96,12 @@ def _grouped(plan: Plan, batch_bytes: int) -> Iterator[range]:
         yield range(start, len(plan.names))
 
 
-class _Batch:
-    """Consecutive tensors that the engine is filling."""
+class Batch:
+    """Tensors that the engine is filling; their numbers in the plan ascend. ``work`` is the plan's, settled."""
 
-    def __init__(self, plan: Plan, work: Work, tensors: range, framework: str, options: engine.EngineOptions) -> None:
+    def __init__(
+        self, plan: Plan, work: Work, tensors: Sequence[int], framework: str, options: engine.EngineOptions
+    ) -> None:
         self._plan, self._tensors = plan, tensors
         allocate = _allocate_torch if framework == "pt" else _allocate_numpy
         pairs = [allocate(plan, tensor) for tensor in tensors]
@@ -109,6 +111,7 @@ class _Batch:
         self._run = engine.start(part, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 
     def finish(self) -> list[tuple[str, Any]]:
+        """Wait for the engine; return names and values. Raises NonFiniteError, StorageError."""
         try:
             while not self._run.wait_for(engine.WAKE_SECONDS):
                 pass
@@ -125,15 +128,20 @@ class _Batch:
         return list(zip((self._plan.names[t] for t in self._tensors), self._values, strict=True))
 
     def abandon(self) -> None:
+        """Stop the engine; the values are lost."""
         self._run.abandon()
 
 
-def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
+def _into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
     """Return the part of ``work`` that makes ``tensors``, each an output of its own that starts at byte 0, and only
     the input files it needs. Of a region whose codes or scales belong elsewhere, only the wanted plane is kept."""
 
+    columns = (work.spans["tensor"], work.regions["tensor"], work.scale_tensors, np.asarray(tensors))
+    place = np.full(2 + max(int(column.max(initial=-1)) for column in columns), -1)  # the last is for the number −1
+    place[list(tensors)] = np.arange(len(tensors))
+
     def wanted(numbers: Column) -> Column:
-        return (numbers >= tensors.start) & (numbers < tensors.stop)
+        return place[numbers] >= 0
 
     codes, scales = wanted(work.regions["tensor"]), wanted(work.scale_tensors)
     spans = work.spans[wanted(work.spans["tensor"])].copy()
@@ -147,9 +155,9 @@ def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
         (regions, "scale_out_file", "scale_out_offset", scale_tensors, in_scales),
     )
     for rows, _, offset, numbers, chosen in parts:
-        np.minimum.at(first, numbers[chosen] - tensors.start, rows[offset][chosen])
+        np.minimum.at(first, place[numbers[chosen]], rows[offset][chosen])
     for rows, file, offset, numbers, chosen in parts:
-        local = np.where(chosen, numbers - tensors.start, 0)
+        local = np.where(chosen, place[numbers], 0)
         rows[file] = np.where(chosen, local, -1)
         rows[offset] = np.where(chosen, rows[offset] - first[local], 0)
     terms, views = work.terms.copy(), work.views.copy()

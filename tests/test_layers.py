@@ -18,8 +18,10 @@ SOURCES = PACKAGE.parent / "csrc"
 # A module may import from its own layer and from those after it.
 LAYERS = [
     ("__main__",),
+    ("integrations",),
     ("cli",),
     ("demo",),
+    ("mapping",),
     ("verification", "streaming", "deltas", "analysis"),
     ("recompute", "integrity"),
     ("coordination",),

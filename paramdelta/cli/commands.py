@@ -21,6 +21,8 @@ Examples
                    --alpha 1:0.8 --alpha 2:0.5 --new-base Base-v2 --out mixed
   paramdelta merge ... --vocab align --tokenizer new-base
   paramdelta plan ...      the same, but only say what would happen
+  paramdelta merge --post org/model-chat --base org/model \\
+                   --new-base org/model-2@main --out merged      from the Hub
 \b
 Exit codes
   0 done    1 failed while running    2 bad input, nothing written

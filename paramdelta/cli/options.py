@@ -3,6 +3,7 @@ Python's ``paramdelta.merge``: each option here is one keyword there."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -38,7 +39,8 @@ def inputs(*, required: bool, new_base_required: bool | None = None) -> Callable
                     callback=_one_or_several,
                     type=FOLDER,
                     metavar="DIR",
-                    help="The post-trained model. Give --post and --base once for each delta to add.",
+                    help="The post-trained model: a folder, or org/name[@revision] on the Hub. Give --post and --base "
+                    "once for each delta to add.",
                 ),
                 click.option(
                     "--base",
@@ -315,12 +317,31 @@ def cluster(function: F) -> F:
     )
 
 
+def _no_download_bars(_: click.Context, __: click.Parameter, value: bool) -> bool:
+    """Keep the Hub's progress bars away, too, unless the user has said what they want."""
+    if value:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return value
+
+
 def output(function: F) -> F:
     """Add ``--json`` and ``--quiet``, which every command that writes or reports has."""
     return _apply(
         function,
         [
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON document (docs/json.md) instead."),
-            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
+            click.option(
+                "--json",
+                "as_json",
+                is_flag=True,
+                callback=_no_download_bars,
+                help="Print one JSON document (docs/json.md) instead.",
+            ),
+            click.option(
+                "--quiet",
+                "-q",
+                is_flag=True,
+                callback=_no_download_bars,
+                help="Print nothing but errors and warnings.",
+            ),
         ],
     )

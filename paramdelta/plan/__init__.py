@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta import JSON_VERSION
-from paramdelta.checkpoint import INDEX, Checkpoint, Quantisation, open_checkpoint
+from paramdelta.checkpoint import INDEX, Checkpoint, Quantisation, hub, open_checkpoint
 from paramdelta.checkpoint.signature import check_unchanged
 from paramdelta.dtypes import DTYPES, DType
-from paramdelta.errors import CheckpointError, Complaint, PlanError
+from paramdelta.errors import CheckpointError, Complaint, InputError, PlanError
 from paramdelta.formats import Format
 from paramdelta.plan import lossless
 from paramdelta.plan.choice import Stored, choose
@@ -196,22 +196,23 @@ class Plan:
 
 
 def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
-    """Build a request as :meth:`MergeRequest.build` does. Where it is wrong, or ``wrong`` names what the caller found,
-    the folders are looked at too, so that one run shows everything. Raises PlanError."""
+    """Build a request as :meth:`MergeRequest.build` does; text that names no folder may name a model on the Hub, which
+    is fetched once the rest is right. Where it is wrong, or ``wrong`` names what the caller found, the folders are
+    looked at too, so that one run shows everything. Raises PlanError."""
     found = list(wrong)
+    remote = hub.identifiers(options)
     try:
         request = MergeRequest.build(**options)
-    except PlanError as error:
-        found += error.complaints
-    else:
         if not found:
-            return request
+            return MergeRequest.build(**hub.located_inputs(options)) if remote else request
+    except InputError as error:
+        found += error.complaints
     kept = ("post", "base", "new_base", "out", "overwrite", "kind")
     folders = {key: options[key] for key in kept if key in options}
     try:
         open_all(MergeRequest.build(**folders))
     except PlanError as error:
-        found += [c for c in error.complaints if c not in found]
+        found += [c for c in error.complaints if c not in found and c.subject not in remote]
     raise PlanError(found)
 
 

@@ -113,7 +113,11 @@ def record(request: MergeRequest, checkpoints: Mapping[str, Checkpoint], policie
         "arithmetic": "binary64, one rounding to the output type, nearest even",
         "request": request.to_dict(),
         "inputs": {
-            role: {"name": c.label, "files": [fingerprint(f, sampled=request.kind == "extract") for f in c.files]}
+            role: {
+                "name": c.label,
+                **({"revision": c.revision} if c.revision else {}),
+                "files": [fingerprint(f, sampled=request.kind == "extract") for f in c.files],
+            }
             for role, c in checkpoints.items()
             if not c.zeros
         },
