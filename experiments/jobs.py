@@ -1,0 +1,179 @@
+"""The jobs of one seed and what each needs: pre-train a version, fine-tune it, merge and fine-tune on, measure. Every
+job writes one folder: a checkpoint as transformers saves it, if it makes a model, and ``job.json``, last of all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import paramdelta
+from experiments import tasks, training
+from experiments.settings import FAR, MODELS, ONWARD, TASKS, UNRELATED, VERSIONS, Settings
+from experiments.world import FAR_MIX, FIRST_MIX, Mix, World, later_mix
+
+DONE = "job.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One piece of work of one seed: what it does, to what, and the jobs whose folders it reads."""
+
+    kind: str
+    model: str = ""
+    task: str = ""
+    needs: tuple[Job, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.kind, self.model, self.task) if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one seed's jobs leave their folders, and what they are to do it with."""
+
+    folder: Path
+    seed: int
+    settings: Settings
+
+    def of(self, job: Job) -> Path:
+        return self.folder / job.name
+
+    def is_done(self, job: Job) -> bool:
+        return (self.of(job) / DONE).exists()
+
+    def result(self, job: Job) -> dict[str, Any]:
+        return json.loads((self.of(job) / DONE).read_text())
+
+    def rng(self, purpose: str) -> random.Random:
+        return random.Random(f"{purpose} {self.seed}")
+
+    def world(self) -> World:
+        return World(self.seed)
+
+    def tests(self) -> dict[str, tasks.Batch]:
+        return tasks.tests(self.world(), self.seed, self.settings.questions)
+
+
+def pretraining(model: str) -> Job:
+    if model in ("m1", UNRELATED):
+        return Job("pretrain", model)
+    before = "m1" if model == FAR else VERSIONS[VERSIONS.index(model) - 1]
+    return Job("pretrain", model, needs=(pretraining(before),))
+
+
+def tuning(model: str, task: str) -> Job:
+    """Fine-tuning from the plain base."""
+    return Job("tune", model, task, (pretraining(model),))
+
+
+def short_tuning(model: str, task: str) -> Job:
+    return Job("short", model, task, (pretraining(model),))
+
+
+def onward(model: str, task: str) -> Job:
+    """Fine-tuning from model + (tuned m1 − m1)."""
+    return Job("onward", model, task, (tuning("m1", task), pretraining("m1"), pretraining(model)))
+
+
+def recycling(model: str, task: str) -> Job:
+    """Fine-tuning, for a short while, from m_i + Δ_{i−1}, where Δ_{i−1} is what recycling gave one version before."""
+    before = VERSIONS[VERSIONS.index(model) - 1]
+    source = short_tuning(before, task) if before == VERSIONS[0] else recycling(before, task)
+    return Job("recycle", model, task, (source, pretraining(before), pretraining(model)))
+
+
+def all_jobs() -> list[Job]:
+    """Every job of one seed, each after those it needs."""
+    found = [pretraining(model) for model in MODELS]
+    for task in TASKS:
+        found += [tuning(model, task) for model in MODELS]
+        found += [onward(model, task) for model in ONWARD]
+        found += [short_tuning(model, task) for model in VERSIONS]
+        found += [recycling(model, task) for model in VERSIONS[1:]]
+    return [*found, Job("measure", needs=tuple(found))]
+
+
+def mix_of(model: str) -> Mix:
+    if model == FAR:
+        return FAR_MIX
+    return FIRST_MIX if model in ("m1", UNRELATED) else later_mix(VERSIONS.index(model) + 1)
+
+
+def run(job: Job, place: Place) -> None:
+    """Do a job whose needs are done. What was cut short before is begun again."""
+    from experiments import measuring
+
+    kinds: dict[str, Callable[[Job, Place], dict[str, Any]]] = {
+        "pretrain": _pretrain,
+        "tune": _tune,
+        "short": _tune,
+        "onward": _tune_merged,
+        "recycle": _tune_merged,
+        "measure": measuring.measure,
+    }
+    folder = place.of(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    said = json.dumps(kinds[job.kind](job, place), indent=1)
+    unfinished = folder / "unfinished.json"
+    unfinished.write_text(said + "\n")
+    os.replace(unfinished, folder / DONE)
+
+
+def _pretrain(job: Job, place: Place) -> dict[str, Any]:
+    settings = place.settings
+    first = not job.needs
+    model = training.make_model(settings.size, place.seed if job.model == "m1" else 1000 + place.seed) if first else None
+    if model is None:
+        model = training.load_model(place.of(job.needs[0]))
+    steps = settings.first_steps if first else settings.far_steps if job.model == FAR else settings.later_steps
+    texts = place.world().batches(mix_of(job.model), place.rng(f"text {job.model}"), settings.rows, settings.words)
+    loss = training.train(
+        model,
+        training.text_batches(texts),
+        steps=steps,
+        rate=settings.first_rate if first else settings.later_rate,
+        final_rate=settings.last_rate,
+    )
+    model.save_pretrained(place.of(job))
+    return {"loss": loss, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _tune(job: Job, place: Place) -> dict[str, Any]:
+    return _tune_from(place.of(job.needs[0]), job, place)
+
+
+def _tune_merged(job: Job, place: Place) -> dict[str, Any]:
+    source, base, target = (place.of(need) for need in job.needs)
+    start = place.of(job) / "start"
+    paramdelta.merge(post=source, base=base, new_base=target, out=start, threads=1, overwrite=True, restart=True)
+    return _tune_from(start, job, place)
+
+
+def _tune_from(start: Path, job: Job, place: Place) -> dict[str, Any]:
+    """Fine-tune with the same questions in the same order whatever the start; keep the score along the way."""
+    tuned = place.settings.tuning[job.task]
+    steps = tuned.steps if job.kind in ("tune", "onward") else tuned.short_steps
+    model = training.load_model(start)
+    tests = {job.task: place.tests()[job.task]}
+    curve: list[tuple[int, float]] = []
+
+    def note(step: int) -> None:
+        if step % tuned.every == 0 or step == steps:
+            curve.append((step, training.scores(model, tests)[job.task]))
+
+    loss = training.train(
+        model,
+        tasks.batches(place.world(), job.task, place.rng(f"questions {job.task}"), 2 * place.settings.rows),
+        steps=steps,
+        rate=tuned.rate,
+        final_rate=tuned.rate / 10,
+        at_step=note,
+    )
+    model.save_pretrained(place.of(job))
+    return {"loss": loss, "curve": curve}
