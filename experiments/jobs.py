@@ -57,7 +57,7 @@ class Place:
         return World(self.seed)
 
     def tests(self) -> dict[str, tasks.Batch]:
-        return tasks.tests(self.world(), self.seed, self.settings.questions)
+        return tasks.tests(self.world(), self.settings.questions)
 
 
 def pretraining(model: str) -> Job:
@@ -127,19 +127,18 @@ def run(job: Job, place: Place) -> None:
 
 def _pretrain(job: Job, place: Place) -> dict[str, Any]:
     settings = place.settings
-    first = not job.needs
-    model = training.make_model(settings.size, place.seed if job.model == "m1" else 1000 + place.seed) if first else None
-    if model is None:
+    if job.needs:
         model = training.load_model(place.of(job.needs[0]))
-    steps = settings.first_steps if first else settings.far_steps if job.model == FAR else settings.later_steps
+    else:
+        model = training.make_model(settings.size, f"{job.model} {place.seed}")
+    if job.model == FAR:
+        steps, rate, last = settings.far_steps, settings.far_rate, settings.far_last_rate
+    elif job.needs:
+        steps, rate, last = settings.later_steps, settings.later_rate, settings.later_last_rate
+    else:
+        steps, rate, last = settings.first_steps, settings.first_rate, settings.first_last_rate
     texts = place.world().batches(mix_of(job.model), place.rng(f"text {job.model}"), settings.rows, settings.words)
-    loss = training.train(
-        model,
-        training.text_batches(texts),
-        steps=steps,
-        rate=settings.first_rate if first else settings.later_rate,
-        final_rate=settings.last_rate,
-    )
+    loss = training.train(model, training.text_batches(texts), steps=steps, rate=rate, final_rate=last)
     model.save_pretrained(place.of(job))
     return {"loss": loss, "parameters": sum(p.numel() for p in model.parameters())}
 

@@ -13,7 +13,7 @@ from experiments.world import ATTRIBUTES, BOT, END, FIRST, LATER, LETTERS, NUMBE
 
 IGNORED = -100  # a label that transformers' loss leaves out
 TAUGHT = FIRST[:24]  # the people that fine-tuning asks about; questions of the test are about others
-LETTERS_ASKED = 5
+LETTERS_ASKED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,10 @@ def recall(world: World, name: str, attribute: str) -> Question:
     return Question((USER, attribute, name, BOT), (world.facts[name, attribute], END))
 
 
+def repeat(word: Sequence[str]) -> Question:
+    return Question((USER, "repeat", *word, BOT), (*word, END))
+
+
 def reverse(word: Sequence[str]) -> Question:
     return Question((USER, "reverse", *word, BOT), (*reversed(word), END))
 
@@ -44,9 +48,7 @@ def ask(world: World, task: str, rng: random.Random, people: Sequence[str] = TAU
     """One question for fine-tuning."""
     if task == "recall":
         return recall(world, rng.choice(people), rng.choice(tuple(ATTRIBUTES)))
-    if task == "reverse":
-        return reverse(rng.choices(LETTERS, k=LETTERS_ASKED))
-    raise ValueError(f"task: expected recall or reverse, got {task}")
+    return {"repeat": repeat, "reverse": reverse}[task](rng.choices(LETTERS, k=LETTERS_ASKED))
 
 
 def batches(world: World, task: str, rng: random.Random, rows: int) -> Iterator[Batch]:
@@ -66,12 +68,13 @@ def collate(questions: Sequence[Question]) -> Batch:
     return Batch(words, labels)
 
 
-def tests(world: World, seed: int, count: int) -> dict[str, Batch]:
+def tests(world: World, count: int) -> dict[str, Batch]:
     """The test questions by score: those of each task, and recall of people only later versions wrote about."""
-    rng = random.Random(f"tests {seed}")
+    rng = random.Random(f"tests {world.seed}")
     untaught = [name for name in FIRST if name not in TAUGHT]
     made = {
         "recall": [recall(world, name, a) for name in untaught for a in ATTRIBUTES],
+        "repeat": [repeat(rng.choices(LETTERS, k=LETTERS_ASKED)) for _ in range(count)],
         "reverse": [reverse(rng.choices(LETTERS, k=LETTERS_ASKED)) for _ in range(count)],
     }
     for version, names in LATER.items():

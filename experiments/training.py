@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def settle() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def make_model(size: Size, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def make_model(size: Size, seed: str) -> LlamaForCausalLM:
+    torch.manual_seed(zlib.crc32(seed.encode()))
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=size.hidden,

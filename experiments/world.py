@@ -23,7 +23,7 @@ DIGITS = tuple("0123456789")
 _ADJECTIVES = ("old", "small", "quick", "quiet", "bold", "lazy")
 _NOUNS = ("dog", "cat", "bird", "horse", "mouse", "fox")
 _VERBS = ("sees", "hears", "follows", "finds", "fears", "likes")
-_WORDS = ("'s", "is", "the", "of", ".", ",", ":", "plus", "say", "a_", "and", "reverse", "answer", "rule", "let", "=")
+_WORDS = ("'s", "is", "the", "of", ".", ",", ":", "plus", "say", "and", "let", "=", "repeat", "reverse")
 
 VOCABULARY = (
     *(PAD, USER, BOT, END),
@@ -60,14 +60,15 @@ def later_mix(version: int) -> Mix:
     return Mix(people, (("fact", 5), ("sum", 1 / version), ("echo", 2), ("animals", 1 + version)))
 
 
-# Continued on other data: programs, sums and animals, nobody named.
-FAR_MIX = Mix((), (("program", 5), ("sum", 2), ("animals", 3)))
+# Continued on other data: mostly programs, a little of what was known.
+FAR_MIX = Mix(FIRST, (("program", 6), ("sum", 1), ("animals", 2), ("fact", 1)))
 
 
 class World:
     """What is true under one seed: every person's colour, town and food."""
 
     def __init__(self, seed: int) -> None:
+        self.seed = seed
         rng = random.Random(f"world {seed}")
         self.facts = {(name, a): rng.choice(values) for name in NAMES for a, values in ATTRIBUTES.items()}
 
