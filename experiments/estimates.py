@@ -54,7 +54,7 @@ def recovered(merged: float, plain: float, direct: float, least_gain: float = 0.
 
 def barrier(at: Sequence[float], loss: Sequence[float]) -> float:
     """How far the loss rises above the straight line between its ends, at most; 0 where it never does."""
-    return max(y - ((1 - x) * loss[0] + x * loss[-1]) for x, y in zip(at, loss))
+    return max(y - ((1 - x) * loss[0] + x * loss[-1]) for x, y in zip(at, loss, strict=True))
 
 
 def steps_to(curve: Sequence[Sequence[float]], score: float) -> int | None:

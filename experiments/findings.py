@@ -123,7 +123,11 @@ def distance_correlation(document: Document, task: str, against: str) -> Estimat
         for a, b in itertools.permutations(MODELS, 2):
             fraction = transfer({**document, "seeds": [seed]}, task, a, b).recovered
             if fraction.values:
-                x.append(seed["measured"]["geometry"]["distance"][f"{a} {b}"] if against == "distance" else barrier_between(seed, a, b))
+                x.append(
+                    seed["measured"]["geometry"]["distance"][f"{a} {b}"]
+                    if against == "distance"
+                    else barrier_between(seed, a, b)
+                )
                 y.append(fraction.mean)
         return rank_correlation(x, y) if len(x) > 2 else math.nan
 
@@ -227,7 +231,9 @@ class Sweep:
     def best(self) -> float:
         """The factor with the best mean score; the one nearest to 1 among equals."""
         top = max(score.mean for score in self.scores)
-        return min((a for a, s in zip(self.alphas, self.scores) if s.mean == top), key=lambda a: abs(a - 1))
+        return min(
+            (a for a, s in zip(self.alphas, self.scores, strict=True) if s.mean == top), key=lambda a: abs(a - 1)
+        )
 
     def at(self, alpha: float) -> Estimate:
         return self.scores[self.alphas.index(alpha)]

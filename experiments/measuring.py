@@ -6,19 +6,17 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
 import paramdelta
-from experiments import training
+from experiments import jobs, training
+from experiments.jobs import Job, Place
 from experiments.settings import ALPHA_TARGETS, MIX_TARGET, MODELS, TASKS
 from paramdelta import ops
-
-if TYPE_CHECKING:
-    from experiments.jobs import Job, Place
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,8 +25,6 @@ class Bench:
     """One model that takes the weights of each merge in turn, and what it is asked."""
 
     def __init__(self, place: Place) -> None:
-        from experiments import jobs
-
         self.place = place
         self.plain = {model: place.of(jobs.pretraining(model)) for model in MODELS}
         self.tuned = {(model, task): place.of(jobs.tuning(model, task)) for model in MODELS for task in TASKS}
@@ -56,8 +52,6 @@ class Bench:
 
 def _held_out(place: Place) -> np.ndarray:
     """Text no model was trained on, as much of each version's mix."""
-    from experiments import jobs
-
     rows, words = place.settings.held_out_rows, place.settings.words
     mixes = list(dict.fromkeys(jobs.mix_of(model) for model in MODELS))
     made = (place.world().batches(mix, place.rng(f"held out {i}"), rows, words) for i, mix in enumerate(mixes))
@@ -92,9 +86,7 @@ def measure(_: Job, place: Place) -> dict[str, Any]:
         ],
         "alphas": {
             task: {
-                target: [
-                    bench.merged(tuned["m1", task], plain["m1"], plain[target], x)[task] for x in settings.alphas
-                ]
+                target: [bench.merged(tuned["m1", task], plain["m1"], plain[target], x)[task] for x in settings.alphas]
                 for target in ALPHA_TARGETS
             }
             for task in TASKS
@@ -127,7 +119,8 @@ def _geometry(bench: Bench) -> dict[str, Any]:
     deltas = {key: _merge(plain[key[0]], x, zero) for key, x in tuned.items()}
     length = {model: _dots(x, zero, x)[0] for model, x in plain.items()}
     between = {
-        f"{a} {b}": math.sqrt(_dots(plain[a], plain[b], zero)[0] / length[a]) for a, b in itertools.permutations(MODELS, 2)
+        f"{a} {b}": math.sqrt(_dots(plain[a], plain[b], zero)[0] / length[a])
+        for a, b in itertools.permutations(MODELS, 2)
     }
     return {
         "distance": between,  # ‖b − a‖ / ‖a‖
@@ -136,7 +129,8 @@ def _geometry(bench: Bench) -> dict[str, Any]:
         },
         "cosine of deltas": {
             task: {
-                f"{a} {b}": _cosine(deltas[a, task], zero, deltas[b, task]) for a, b in itertools.combinations(MODELS, 2)
+                f"{a} {b}": _cosine(deltas[a, task], zero, deltas[b, task])
+                for a, b in itertools.combinations(MODELS, 2)
             }
             for task in TASKS
         },

@@ -74,11 +74,11 @@ def _bar_errors(estimates: list[Estimate]) -> list[float]:
 def _update(document: Document) -> Figure:
     figure, axes = _axes(3, height=3.2)
     rows = findings.updates(document)
-    for panel, target in zip(axes[0], VERSIONS[1:]):
+    for panel, target in zip(axes[0], VERSIONS[1:], strict=True):
         shown = [row for row in rows if row.target == target]
         kinds = ("plain", "source_tuned", "merged", "direct")
         labels = (f"{target}, plain", "m1, fine-tuned", f"{target} + Δ(m1)", f"{target}, fine-tuned")
-        for i, (kind, label, colour) in enumerate(zip(kinds, labels, _GREYS)):
+        for i, (kind, label, colour) in enumerate(zip(kinds, labels, _GREYS, strict=True)):
             estimates = [getattr(row, kind) for row in shown]
             x = np.arange(len(shown)) + (i - 1.5) * 0.2
             panel.bar(x, [e.mean for e in estimates], 0.2, yerr=_bar_errors(estimates), color=colour, label=label)
@@ -96,7 +96,10 @@ def _distance(document: Document) -> Figure:
     lines, by_distance, by_barrier = axes[0]
     for k, line in enumerate(document["seeds"][0]["measured"]["lines"]):
         if line["from"] == VERSIONS[0]:
-            at = [over_seeds(document, lambda s, k=k, i=i: s["measured"]["lines"][k]["loss"][i]) for i in range(len(line["at"]))]
+            at = [
+                over_seeds(document, lambda s, k=k, i=i: s["measured"]["lines"][k]["loss"][i])
+                for i in range(len(line["at"]))
+            ]
             _line(lines, line["at"], at, label=f"m1 – {line['to']}")
     lines.set_xlabel("place between the two")
     lines.set_ylabel("loss on text of all mixes, nats")
@@ -151,7 +154,7 @@ def _start(document: Document) -> Figure:
 def _recycling(document: Document) -> Figure:
     figure, axes = _axes(len(TASKS))
     rows = findings.recycled(document)
-    for panel, task in zip(axes[0], TASKS):
+    for panel, task in zip(axes[0], TASKS, strict=True):
         shown = [row for row in rows if row.task == task]
         _line(panel, VERSIONS, [row.plain for row in shown], color=_PLAIN, marker="o", label="tuned afresh")
         _line(panel, VERSIONS, [row.recycled for row in shown], color=_MERGED, marker="o", label="recycled, then tuned")
@@ -167,7 +170,7 @@ def _recycling(document: Document) -> Figure:
 def _alpha(document: Document) -> Figure:
     figure, axes = _axes(len(TASKS))
     rows = findings.sweeps(document)
-    for panel, task in zip(axes[0], TASKS):
+    for panel, task in zip(axes[0], TASKS, strict=True):
         for target in ALPHA_TARGETS:
             row = next(row for row in rows if (row.task, row.target) == (task, target))
             _line(panel, row.alphas, row.scores, marker=".", label=f"m1's delta on {target}")
@@ -182,7 +185,7 @@ def _alpha(document: Document) -> Figure:
 def _mixture(document: Document) -> Figure:
     rows = findings.mixtures(document)
     figure, axes = _axes(len(rows))
-    for panel, row in zip(axes[0], rows):
+    for panel, row in zip(axes[0], rows, strict=True):
         for i, task in enumerate(row.tasks):
             _line(panel, row.alphas, [scores[i] for scores in row.scores], color=COLOURS[task], marker=".", label=task)
             alone = findings.transfer(document, task, VERSIONS[0], MIX_TARGET).merged

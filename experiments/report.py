@@ -93,7 +93,7 @@ def _run(document: Document) -> str:
     machine = document["machine"]
     return "\n".join(
         [
-            f"- {len(document['seeds'])} seeds, models of {document['seeds'][0]['parameters']:,} parameters, f32",
+            f"- seeds: {len(document['seeds'])}; models of {document['seeds'][0]['parameters']:,} parameters, f32",
             f"- {versions}; commit {commit}",
             f"- {machine['cpu']}, {machine['cores']} cores, {machine['architecture']}, Linux {machine['kernel']}",
         ]
@@ -110,7 +110,11 @@ def _predictions(document: Document) -> str:
 
 def _updates(document: Document) -> str:
     rows = [
-        (row.score, row.target, *(x.text() for x in (row.plain, row.source_tuned, row.merged, row.direct, row.recovered)))
+        (
+            row.score,
+            row.target,
+            *(x.text() for x in (row.plain, row.source_tuned, row.merged, row.direct, row.recovered)),
+        )
         for row in findings.updates(document)
     ]
     heads = ("asked", "on", "plain", "m1, fine-tuned", "merged", "fine-tuned directly", "fraction of the gain")
@@ -119,8 +123,10 @@ def _updates(document: Document) -> str:
 
 def _pairs(document: Document) -> str:
     rows = [
-        (pair.source, pair.target, pair.distance.text(3), pair.barrier.text(3))
-        + tuple(pair.recovered[task].text() for task in TASKS)
+        (
+            *(pair.source, pair.target, pair.distance.text(3), pair.barrier.text(3)),
+            *(pair.recovered[task].text() for task in TASKS),
+        )
         for pair in findings.pairs(document)
     ]
     return _table(("from", "to", "distance", "barrier", *TASKS), rows, 2)
@@ -139,9 +145,11 @@ def _geometry(document: Document) -> str:
         return findings.over_seeds(document, lambda seed: seed["measured"]["geometry"][part][task][key])
 
     rows = [
-        (task, of("delta", task, "m1").text(3))
-        + tuple(of("cosine of deltas", task, f"m1 {other}").text() for other in (*VERSIONS[1:], FAR, UNRELATED))
-        + (of("cosine with drift", task, "m2").text(),)
+        (
+            *(task, of("delta", task, "m1").text(3)),
+            *(of("cosine of deltas", task, f"m1 {other}").text() for other in (*VERSIONS[1:], FAR, UNRELATED)),
+            of("cosine with drift", task, "m2").text(),
+        )
         for task in TASKS
     ]
     others = (f"cos Δ({other})" for other in (*VERSIONS[1:], FAR, UNRELATED))
@@ -153,8 +161,19 @@ def _starts(document: Document) -> str:
     for row in findings.starts(document):
         late = f" ({row.unreached} never)" if row.unreached else ""
         steps = (row.plain_steps.text(0), row.merged_steps.text(0) + late, row.share.text())
-        rows.append((row.task, row.target, row.merged_at_once.text(), *steps, row.plain_end.text(), row.merged_end.text()))
-    heads = ("task", "on", "merge alone", "steps, plain", "steps, merged", "share", "plain at the end", "merged at the end")
+        rows.append(
+            (row.task, row.target, row.merged_at_once.text(), *steps, row.plain_end.text(), row.merged_end.text())
+        )
+    heads = (
+        "task",
+        "on",
+        "merge alone",
+        "steps, plain",
+        "steps, merged",
+        "share",
+        "plain at the end",
+        "merged at the end",
+    )
     return _table(heads, rows, 2)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
-from experiments.jobs import Job, Place, all_jobs, run
+from experiments.jobs import Job, Place, all_jobs
 from experiments.settings import Settings
 
 Work = tuple[Place, Job]
@@ -73,9 +73,8 @@ class _Progress:
         if kinds <= self._seconds.keys() and spent > 0:
             ahead = sum(sum(self._seconds[k]) / len(self._seconds[k]) * self._left.count(k) for k in kinds)
             rest = f", about {ahead * elapsed / spent / 60:.0f} min left"
-        self._say(
-            f"[{self._done}/{self._total}] seed {place.seed} {job.name} {seconds:.0f} s; {elapsed / 60:.1f} min so far{rest}"
-        )
+        what = f"[{self._done}/{self._total}] seed {place.seed} {job.name} {seconds:.0f} s"
+        self._say(f"{what}; {elapsed / 60:.1f} min so far{rest}")
 
 
 def _prepare() -> None:
@@ -84,7 +83,7 @@ def _prepare() -> None:
     logging.disable(logging.WARNING)
     import transformers
 
-    from experiments import training
+    from experiments import training  # here, not above: the process that only hands out work needs no torch
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -92,6 +91,8 @@ def _prepare() -> None:
 
 
 def _timed(job: Job, place: Place) -> float:
+    from experiments import doing
+
     began = time.monotonic()
-    run(job, place)
+    doing.run(job, place)
     return time.monotonic() - began

@@ -61,7 +61,7 @@ def collate(questions: Sequence[Question]) -> Batch:
     length = max(len(q.asked) + len(q.answer) for q in questions)
     words = np.full((len(questions), length), NUMBER[PAD], dtype=np.int64)
     labels = np.full_like(words, IGNORED)
-    for row, label, q in zip(words, labels, questions):
+    for row, label, q in zip(words, labels, questions, strict=True):
         numbers = [NUMBER[word] for word in (*q.asked, *q.answer)]
         row[: len(numbers)] = numbers
         label[len(q.asked) : len(numbers)] = numbers[len(q.asked) :]

@@ -3,7 +3,6 @@ bits again on the same machine and versions."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,18 +12,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.settings import Size
 from experiments.tasks import IGNORED, Batch
 from experiments.world import NUMBER, PAD, VOCABULARY
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The shape of the models."""
-
-    hidden: int = 96
-    layers: int = 4
-    heads: int = 4
-    feed_forward: int = 256
 
 
 def settle() -> None:
@@ -78,7 +68,7 @@ def train(
     decay: float = 0.01,
     at_step: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """Train with AdamW, learning rate along a half cosine from rate to final_rate; return the last ten steps' mean loss.
+    """Train with AdamW, its rate along half a cosine from rate to final_rate; return the last ten steps' mean loss.
 
     ``at_step`` is called before the first step with 0, and after each with the number of steps done.
     """

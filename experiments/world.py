@@ -12,7 +12,9 @@ import numpy as np
 PAD, USER, BOT, END = "<pad>", "<user>", "<bot>", "<end>"
 
 _SYLLABLES = ("ba", "de", "ki", "lo", "mu", "na", "ra", "vo")
-NAMES = tuple(first + second for first in _SYLLABLES for second in ("ndo", "ril", "sha", "tev", "zim", "fy", "gor", "lu"))
+NAMES = tuple(
+    first + second for first in _SYLLABLES for second in ("ndo", "ril", "sha", "tev", "zim", "fy", "gor", "lu")
+)
 ATTRIBUTES = {
     "colour": ("red", "blue", "green", "white", "black", "brown", "pink", "grey"),
     "town": ("rome", "oslo", "lima", "cairo", "delhi", "kyoto", "paris", "quito"),
@@ -136,5 +138,7 @@ def _animals(_: Mix, rng: random.Random) -> list[str]:
 def _program(_: Mix, rng: random.Random) -> list[str]:
     names = rng.sample(LETTERS, 3)
     values = [rng.randrange(10) for _ in range(2)]
-    lines = [word for name, value in zip(names, values) for word in ("let", name, "=", DIGITS[value], ",")]
+    lines = [
+        word for name, value in zip(names[:2], values, strict=True) for word in ("let", name, "=", DIGITS[value], ",")
+    ]
     return [*lines, "let", names[2], "=", names[0], "plus", names[1], ":", DIGITS[sum(values) % 10], "."]
