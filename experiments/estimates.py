@@ -43,7 +43,7 @@ class Estimate:
         if not self.values:
             return "–"
         mean = f"{self.mean:.{digits}f}"
-        return mean if math.isinf(self.half) else f"{mean} ± {self.half:.{digits}f}"
+        return (mean if math.isinf(self.half) else f"{mean} ± {self.half:.{digits}f}").replace("-", "−")
 
 
 def recovered(merged: float, plain: float, direct: float, least_gain: float = 0.1) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
             schedule.carry_out(places, workers=options.workers, say=lambda line: print(line, flush=True))
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command continues")
+        except BrokenProcessPool:
+            sys.exit("a worker process was killed, perhaps for memory; the same command continues")
         results.write(path, results.collect(options.configuration, places))
     document = results.read(path)
     for written in (path, *plots.draw(document, out)):
