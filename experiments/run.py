@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("torch", "transformers", "matplotlib")  # looked for first: plots are drawn after half an hour
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -32,6 +34,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}; pip install -c constraints.txt -r requirements-test.txt")
     from experiments import plots, report, results, schedule
     from experiments.settings import CONFIGURATIONS
 

@@ -48,7 +48,7 @@ class Settings:
 
     seeds: int
     size: Size
-    rows: int  # of a batch of text, and of questions
+    rows: int  # of a batch of text; a batch of questions has twice as many
     words: int  # of a row of text
     first_steps: int
     later_steps: int
@@ -68,7 +68,8 @@ class Settings:
 
     def digest(self) -> str:
         """A name for all that results depend on: these numbers, the sources, the versions of what computes."""
-        said = [json.dumps(dataclasses.asdict(self), sort_keys=True), platform.machine()]
+        numbers = {**dataclasses.asdict(self), "seeds": None}  # more seeds leave those that are done as they are
+        said = [json.dumps(numbers, sort_keys=True), platform.machine()]
         said += [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
         said += [Path(__file__).with_name(name).read_text() for name in SOURCES]
         return hashlib.sha256("\0".join(said).encode()).hexdigest()[:12]
