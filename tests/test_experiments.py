@@ -255,7 +255,7 @@ def test_numbers_of_curves_and_lines() -> None:
     [
         ((0.9, 0.91, 0.92), "held"),
         ((0.5, 0.51, 0.52), "failed"),
-        ((0.7, 0.8, 0.9), "open"),
+        ((0.7, 0.85, 0.9), "open"),
         ((0.9,), "open"),
         ((), "open"),
     ],
