@@ -18,26 +18,28 @@ README = Path(__file__).with_name("README.md")
 _FILLED = re.compile(r"(<!-- filled: (?P<name>[^>]+?) -->)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 
 
-def fill(text: str, document: Document) -> str:
-    """Put the results into the marked passages; a name nobody knows is a ValueError."""
-    known = passages(document)
+def fill(text: str, document: Document, plots: str = "results/") -> str:
+    """Put the results into the marked passages, plots lying in ``plots``; a name nobody knows is a ValueError."""
+    known = passages(document, plots)
 
     def put(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in known:
             raise ValueError(f"README: no passage is called {name!r}; expected one of {', '.join(sorted(known))}")
         said = known[name]()
-        return f"{match[1]}\n\n{said}\n\n{match[4]}" if "\n" in said else f"{match[1]}{said}{match[4]}"
+        # A line that begins with a comment is no Markdown to its end: what stands alone gets lines of its own.
+        alone = text[: match.start()].endswith("\n")
+        return f"{match[1]}\n\n{said}\n\n{match[4]}" if alone else f"{match[1]}{said}{match[4]}"
 
     return _FILLED.sub(put, text)
 
 
-def passages(document: Document) -> dict[str, Callable[[], str]]:
+def passages(document: Document, plots: str) -> dict[str, Callable[[], str]]:
     """What may be filled in: tables and plots by their part, and numbers for use within a sentence."""
     name = document["configuration"]
 
     def plot(part: str, said: str) -> Callable[[], str]:
-        return lambda: f"![{said}](results/{name}-{part}.svg)"
+        return lambda: f"![{said}]({plots}{name}-{part}.svg)"
 
     tables = {
         "run": lambda: _run(document),

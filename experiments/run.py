@@ -55,8 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     for written in (path, *plots.draw(document, out)):
         print(f"wrote {written}")
     # The README tells the full run; another's text goes beside its results.
-    readme = report.README if options.configuration == "full" and options.out is None else out / "README.md"
-    readme.write_text(report.fill(report.README.read_text(), document))
+    told = options.configuration == "full" and options.out is None
+    readme = report.README if told else out / "README.md"
+    readme.write_text(report.fill(report.README.read_text(), document, "results/" if told else ""))
     print(f"wrote {readme}")
 
 
