@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.?pp' 2>/dev/null)
 CPP := $(shell find csrc benchmarks -name '*.?pp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mergekit lint format bench fuzz sanitize wheel sdist clean
+.PHONY: help demo test test-mergekit lint format bench experiments fuzz sanitize wheel sdist clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -52,6 +52,9 @@ format: $(VENV)/.tools  ## Put every file into the project's format
 
 bench: $(VENV)/.tools  ## Measure kernels and whole merges (README of benchmarks/ for the options)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+experiments: $(VENV)/.tools  ## Reproduce the papers' findings on small models: 25 minutes, resumable
+	$(BIN)/python -m experiments.run $(EXPERIMENT_ARGS)
 
 fuzz: build/fuzz/venv/.ready  ## Fuzz header, folder, plan and engine for FUZZ_SECONDS=600; FUZZ_TARGETS picks some
 	build/fuzz/venv/bin/python tests/fuzzing/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
