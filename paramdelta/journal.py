@@ -41,6 +41,7 @@ class Finished:
     checksums: dict[int, int] | None = field(default_factory=dict)  # None: a segment was written without
     sources: dict[str, Any] | None = None  # a rank's: where inputs lie, and what may be published
     totals: dict[str, Any] | None = None  # a rank's, once its part is done
+    publishing: dict[str, Any] | None = None  # a sweep's, once all is done: the marks of what is to be published
 
     def result(self) -> RunResult:
         """Return what the finished segments counted, lost and summed up."""
@@ -128,6 +129,10 @@ class Journal:
         """Note that everything is done, and what it took."""
         self._append({"totals": totals})
 
+    def add_publishing(self, marks: dict[str, Any]) -> None:
+        """Note that everything is done and synced, and the folders that are about to be published, by name."""
+        self._append({"publishing": marks})
+
     def forget(self) -> None:
         """Begin anew: what the journal speaks of is gone."""
         self.finished = Finished()
@@ -157,6 +162,8 @@ def replay(lines: list[dict[str, Any]]) -> Finished:
             finished.sources = line["sources"]
         elif "totals" in line:
             finished.totals = line["totals"]
+        elif "publishing" in line:
+            finished.publishing = line["publishing"]
         else:
             finished.segments.add(line["segment"])
             finished.counts += [TensorCounts(**c) for c in line["counts"]]

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import gc
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramdelta import checksums as sums
 from paramdelta import engine, resuming
-from paramdelta.errors import Complaint, InputError, NonFiniteError, PrecisionError, StorageError, shown
+from paramdelta.errors import (
+    Complaint,
+    InputError,
+    NonFiniteError,
+    NotPublishedError,
+    PrecisionError,
+    StorageError,
+    shown,
+)
 from paramdelta.publish import Staging, write_files
 from paramdelta.report import MergeReport, NonFinite, Quantised
 
@@ -99,15 +108,28 @@ def prepare(request: MergeRequest) -> Plan:
     them again and again took a quarter of the time for 100,000 tensors.
     """
     from paramdelta.plan import make_plan, open_all
-    from paramdelta.plan.order import data_warnings
 
+    with without_collector():
+        plan = make_plan(request, *open_all(request))
+    return with_data_warnings(plan)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Let the garbage collector rest, where it worked."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        plan = make_plan(request, *open_all(request))
+        yield
     finally:
         if collecting:
             gc.enable()
+
+
+def with_data_warnings(plan: Plan) -> Plan:
+    """Return a plan with the warnings that a look at a sample of the data gives rise to."""
+    from paramdelta.plan.order import data_warnings
+
     return dataclasses.replace(plan, warnings=(*plan.warnings, *data_warnings(plan)))
 
 
@@ -140,23 +162,36 @@ def run_merge(
 
 def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed: int, started: float) -> MergeReport:
     """Write the small files of a folder whose weights are done, and publish it where the result allows it."""
-    request = plan.request
-    assert request.out is not None
     with plan.watched_inputs():
-        _write_side_files(plan, staging.folder, result)
+        write_side_files(plan, staging.folder, result)
+    report, error = judged(plan, result, resumed=resumed)
+    if error is None:
+        staging.publish(overwrite=plan.request.overwrite)
+    report = dataclasses.replace(report, seconds=time.perf_counter() - started)
+    if error is not None:
+        error.report = report
+        raise error
+    return report
+
+
+def judged(plan: Plan, result: engine.RunResult, *, resumed: int) -> tuple[MergeReport, NotPublishedError | None]:
+    """Return the report of a merge whose weights are done, and the error that keeps it from being published, if any."""
+    request = plan.request
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
     lossy = _too_lossy(quantised, request.max_quant_error)
-    publishable = (not nonfinite or request.allow_nonfinite) and not lossy
-    if publishable:
-        staging.publish(overwrite=request.overwrite)
+    error: NotPublishedError | None = None
+    if nonfinite and not request.allow_nonfinite:
+        error = NonFiniteError(_nonfinite_text(nonfinite))
+    elif lossy:
+        error = PrecisionError(lossy)
     report = MergeReport(
-        out=request.out if publishable else None,
+        out=request.out if error is None else None,
         parameters=plan.parameters,
         tensors=len(plan.names),
         files=len(plan.work.outputs),
         bytes_read=result.bytes_read,
         bytes_written=result.bytes_written,
-        seconds=time.perf_counter() - started,
+        seconds=result.seconds,
         engine_seconds=result.seconds,
         threads=result.threads,
         slot_bytes=result.slot_bytes,
@@ -168,14 +203,10 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
         resumed_bytes=resumed,
         io=result.paths.summary() if result.paths is not None else {},
     )
-    if nonfinite and not request.allow_nonfinite:
-        raise NonFiniteError(_nonfinite_text(nonfinite), report)
-    if lossy:
-        raise PrecisionError(lossy, report)
-    return report
+    return report, error
 
 
-def _write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:
+def write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:
     """Write what the folder holds besides weights, the record last: it has the checksums of all else."""
     from paramdelta.plan.sidefiles import RECORD, with_checksums
 
@@ -193,8 +224,13 @@ def _write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> Non
 
 def check_space(plan: Plan, folder: Path) -> None:
     """Raise StorageError where the output does not fit, counting what an earlier run has written to ``folder``."""
-    there = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-    needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES - there
+    check_room(sum(size for _, size in plan.work.outputs), folder)
+
+
+def check_room(needed: int, folder: Path) -> None:
+    """Raise StorageError where as many bytes do not fit, counting what is in ``folder``, or in folders in it."""
+    there = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    needed += _SPARE_BYTES - there
     free = shutil.disk_usage(folder).free
     if free < needed:
         text = f"{folder.absolute().parent.parent}: the output needs {needed:,} bytes, but only {free:,} are free"
