@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from paramdelta import ops, reference
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
-    from paramdelta.report import MergeReport
+    from paramdelta.report import MergeReport, SweepReport
     from paramdelta.streaming import stream
+    from paramdelta.sweeping import interpolate, sweep
     from paramdelta.verification import verify
 
 __version__ = "0.1.0"
@@ -39,7 +40,10 @@ _LAZY = {
     "stream": "paramdelta.streaming",
     "verify": "paramdelta.verification",
     "finalize": "paramdelta.gathering",
+    "sweep": "paramdelta.sweeping",
+    "interpolate": "paramdelta.sweeping",
     "MergeReport": "paramdelta.report",
+    "SweepReport": "paramdelta.report",
     "ops": "",
     "reference": "",
 }
@@ -56,12 +60,15 @@ __all__ = [
     "PlanError",
     "PrecisionError",
     "StorageError",
+    "SweepReport",
     "__version__",
     "finalize",
+    "interpolate",
     "merge",
     "ops",
     "reference",
     "stream",
+    "sweep",
     "verify",
 ]
 

@@ -116,14 +116,19 @@ class RunResult:
     paths: Paths | None = None
     checksums: Mapping[int, int] | None = None
 
-
-    def of_variant(self, variant: int, tensors: int) -> RunResult:
-        """Return what a run of several variants, of ``tensors`` each, did for one of them. Bytes and seconds are those
-        of all."""
+    def of_variant(self, variant: int, variants: int, tensors: int) -> RunResult:
+        """Return what a run of ``variants``, of ``tensors`` each, did for one of them. Bytes read, and seconds, are
+        those of all."""
         first = variant * tensors
         mine = range(first, first + tensors)
+        paths = self.paths
+        if paths is not None:
+            files = len(paths.outputs) // variants
+            paths = replace(paths, outputs=paths.outputs[variant * files : (variant + 1) * files])
         return replace(
             self,
+            bytes_written=self.bytes_written // variants,
+            paths=paths,
             counts=tuple(replace(c, tensor=c.tensor - first) for c in self.counts if c.tensor in mine),
             losses=tuple(replace(x, tensor=x.tensor - first) for x in self.losses if x.tensor in mine),
             checksums=None

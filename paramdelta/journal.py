@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from paramdelta.errors import Complaint, InputError, shown, storage_errors
 
 if TYPE_CHECKING:
     from paramdelta.checkpoint import Checkpoint
-    from paramdelta.plan import Plan
+    from paramdelta.plan import Plan, Work
 
 VERSION = 2
 _MIB = 1 << 20
@@ -48,8 +49,9 @@ class Finished:
         return replace(NOTHING, counts=tuple(self.counts), losses=tuple(self.losses), checksums=self.checksums)
 
 
-def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
-    """Return what must be the same for a merge to be continued. Raises StorageError where an input cannot be read."""
+def identity(plan: Plan, *, ranks: int = 1, works: Sequence[Work] = ()) -> dict[str, Any]:
+    """Return what must be the same for a merge to be continued; ``works`` are carried out in place of the plan's own.
+    Raises StorageError where an input cannot be read."""
     return {
         "version": VERSION,
         "ranks": ranks,
@@ -59,7 +61,7 @@ def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
             role: {file.name: _fingerprint(checkpoint, i) for i, file in enumerate(checkpoint.files)}
             for role, checkpoint in plan.checkpoints.items()
         },
-        "plan": _digest(plan),
+        "plan": [_digest(plan.names, work) for work in works] if works else _digest(plan.names, plan.work),
     }
 
 
@@ -80,10 +82,9 @@ def _fingerprint(checkpoint: Checkpoint, number: int) -> dict[str, Any]:
     }
 
 
-def _digest(plan: Plan) -> str:
+def _digest(names: Sequence[str], work: Work) -> str:
     """Digest of where every byte of the output comes from and goes to."""
-    work = plan.work
-    digest = hashlib.sha256(json.dumps([plan.names, work.outputs]).encode("utf-8", "surrogatepass"))
+    digest = hashlib.sha256(json.dumps([names, work.outputs]).encode("utf-8", "surrogatepass"))
     for column in (work.spans, work.terms, work.regions, work.region_terms, work.views, work.recipes):
         digest.update(column.tobytes())
     return digest.hexdigest()

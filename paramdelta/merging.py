@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # A merge that fills the last byte of a file system leaves no room for its own metadata.
 _SPARE_BYTES = 16 << 20
 _MOST_LISTED = 20
-_PUT_BACK = "{}: a merge was cut short while it replaced this folder, which is there again as it was"
+PUT_BACK = "{}: a merge was cut short while it replaced this folder, which is there again as it was"
 
 
 def merge(
@@ -151,7 +151,7 @@ def run_merge(
         plan = plan.without_checksums()
     with Staging(request.out) as staging:
         if staging.put_back and not request.overwrite:
-            raise StorageError(_PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
+            raise StorageError(PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
         check_space(plan, staging.folder)
         with plan.watched_inputs():
             result, resumed = resuming.carry_out(
@@ -174,14 +174,17 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
     return report
 
 
-def judged(plan: Plan, result: engine.RunResult, *, resumed: int) -> tuple[MergeReport, NotPublishedError | None]:
-    """Return the report of a merge whose weights are done, and the error that keeps it from being published, if any."""
+def judged(
+    plan: Plan, result: engine.RunResult, *, resumed: int, outcome: str = "nothing was published"
+) -> tuple[MergeReport, NotPublishedError | None]:
+    """Return the report of a merge whose weights are done, and the error that keeps it from being published, if any;
+    ``outcome`` says so in words."""
     request = plan.request
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
-    lossy = _too_lossy(quantised, request.max_quant_error)
+    lossy = _too_lossy(quantised, request.max_quant_error, outcome)
     error: NotPublishedError | None = None
     if nonfinite and not request.allow_nonfinite:
-        error = NonFiniteError(_nonfinite_text(nonfinite))
+        error = NonFiniteError(_nonfinite_text(nonfinite, outcome))
     elif lossy:
         error = PrecisionError(lossy)
     report = MergeReport(
@@ -259,7 +262,7 @@ def _relative(error_squared: float, value_squared: float) -> float:
     return math.sqrt(error_squared / value_squared) if value_squared > 0.0 else math.inf
 
 
-def _too_lossy(quantised: tuple[Quantised, ...], limit: float | None) -> str:
+def _too_lossy(quantised: tuple[Quantised, ...], limit: float | None, outcome: str) -> str:
     """Return what is wrong where a tensor lost more than ``limit``, an empty string where none did."""
     rows = [(name, error) for q in quantised for name, error in q.worst if limit is not None and error > limit]
     if not rows:
@@ -267,7 +270,7 @@ def _too_lossy(quantised: tuple[Quantised, ...], limit: float | None) -> str:
     lines = [f"  {shown(name)}: {error:.3%}" for name, error in rows]
     return "\n".join(
         [
-            f"requantising lost more than {limit:.3%} of a tensor's norm; nothing was published. The worst:",
+            f"requantising lost more than {limit:.3%} of a tensor's norm; {outcome}. The worst:",
             *lines,
             "    → --format bf16 loses less; a larger --max-quant-error publishes the folder as it is",
         ]
@@ -288,7 +291,7 @@ def _nonfinite(plan: Plan, result: engine.RunResult) -> tuple[NonFinite, ...]:
     )
 
 
-def _nonfinite_text(rows: tuple[NonFinite, ...]) -> str:
+def _nonfinite_text(rows: tuple[NonFinite, ...], outcome: str) -> str:
     lines = [
         f"  {shown(r.tensor)} ({r.dtype}, {r.elements:,} elements): "
         + ", ".join(f"{n:,} {what}" for n, what in ((r.nan, "NaN"), (r.inf, "Inf"), (r.overflow, "overflow")) if n)
@@ -296,8 +299,7 @@ def _nonfinite_text(rows: tuple[NonFinite, ...]) -> str:
     ]
     return "\n".join(
         [
-            f"{len(rows)} tensor{'s have' if len(rows) != 1 else ' has'} results that are not finite; "
-            "nothing was published:",
+            f"{len(rows)} tensor{'s have' if len(rows) != 1 else ' has'} results that are not finite; {outcome}:",
             *lines,
             "    → look at these tensors in the inputs; --allow-nonfinite publishes the folder as it is",
         ]

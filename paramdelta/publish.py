@@ -183,8 +183,8 @@ class SweepStaging(Staging):
     """A folder in ``parent`` in which several outputs are built, under one lock, to be renamed into ``parent`` one by
     one. ``parent`` is made where it is not there, and goes away again where nothing was published.
 
-    What is published is known by its inode and its record (:func:`mark_of`): the journal, which says so beforehand, need
-    not go away before an exchange, and a run that was cut short between two of them continues with the rest.
+    What is published is known by its inode and its record (:func:`mark_of`): the journal, which says so beforehand,
+    need not go away before an exchange, and a run that was cut short between two of them continues with the rest.
     """
 
     NAME = ".sweep.partial"
@@ -203,9 +203,7 @@ class SweepStaging(Staging):
         except BaseException:
             self._remove_parent()
             raise
-        for name in self.names:
-            with storage_errors(self.folder / name, "cannot be created"):
-                (self.folder / name).mkdir(exist_ok=True)
+        self._make_folders()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -227,8 +225,15 @@ class SweepStaging(Staging):
     def forget_output(self, folders: Sequence[Path] = ()) -> None:
         """As that of a single output; what else is there stays worth keeping."""
         stays = self._stays
-        super().forget_output(folders or [self.folder / name for name in self.names])
+        super().forget_output(folders)
         self._stays = stays
+        if not folders:
+            self._make_folders()
+
+    def _make_folders(self) -> None:
+        for name in self.names:
+            with storage_errors(self.folder / name, "cannot be created"):
+                (self.folder / name).mkdir(exist_ok=True)
 
     def publish_one(self, name: str, *, overwrite: bool) -> None:
         """Rename one output, whose files are synced, to its place."""

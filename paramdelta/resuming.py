@@ -57,9 +57,7 @@ def carry_out(
         outputs = engine.create_outputs(plan.work, staging.folder)
         return engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress), 0
     with closing(Journal(staging.control, identity(plan), restart=restart)) as journal:
-        return carry_on(
-            plan, plan.work, journal, staging, [staging.folder], options=options, on_progress=on_progress
-        )
+        return carry_on(plan, plan.work, journal, staging, [staging.folder], options=options, on_progress=on_progress)
 
 
 def carry_on(

@@ -55,8 +55,8 @@ def cut(work: Work, limit: int = SEGMENT_BYTES) -> list[Segment]:
         )
         touched = np.concatenate([part.spans["out_file"], part.regions["out_file"], part.regions["scale_out_file"]])
         of_one = np.unique(touched[touched >= 0]).tolist()
-        files = tuple(variant * len(work.outputs) + file for variant in range(work.variants) for file in of_one)
-        segments.append(Segment(work=part, nbytes=int(sizes[mine].sum()) * work.variants, files=files))
+        numbers_of_all = (v * len(work.outputs) + file for v in range(work.variants) for file in of_one)
+        segments.append(Segment(work=part, nbytes=int(sizes[mine].sum()) * work.variants, files=tuple(numbers_of_all)))
     return segments
 
 

@@ -24,6 +24,7 @@ LAYERS = [
     ("recompute", "integrity"),
     ("coordination",),
     ("gathering",),
+    ("sweeping",),
     ("merging", "meeting"),
     ("resuming",),
     ("journal",),

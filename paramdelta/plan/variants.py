@@ -58,7 +58,8 @@ def make_requests(
 
     ``values`` are the alphas: numbers, which are for all deltas, or one list for each variant with a number for each
     delta; or strings as on the command line, ``0,0.5,1`` for all deltas and ``2:0,0.5,1`` for the second, of which
-    several vary together. ``alphas`` among the options are further rules, for the tensors of a GLOB or for other deltas.
+    several vary together. ``alphas`` among the options are further rules, for the tensors of a GLOB or for other
+    deltas.
     Raises PlanError with all complaints.
     """
     wrong: list[Complaint] = []
@@ -176,8 +177,8 @@ def _number(value: Any, option: str, wrong: list[Complaint]) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Plans that one pass over the inputs carries out: variant v of ``work`` is plan number ``members[v]`` of the sweep.
-    ``copied`` are the tensors whose bytes it copies, in which nothing is counted."""
+    """Plans that one pass over the inputs carries out: variant v of ``work`` is plan number ``members[v]`` of the
+    sweep. ``copied`` are the tensors whose bytes it copies, in which nothing is counted."""
 
     members: tuple[int, ...]
     work: Work
@@ -187,9 +188,9 @@ class Pass:
 def passes_of(plans: Sequence[Plan]) -> list[Pass]:
     """Return as few passes as make all plans, which differ in their alphas alone.
 
-    Plans share one where they compute the same spans and regions: always, but for an alpha of 0, which is no term. A plain
-    merge with such an alpha is the same spans all the same, and shares; with quantised weights, whose untouched units
-    may be copied, it has a pass of its own that reads new_base.
+    Plans share one where they compute the same spans and regions: always, but for an alpha of 0, which is no term.
+    Plain spans without it fill the same bytes, and share. With quantised weights, which may be copied where nothing is
+    added, and with vocabularies of different sizes, such a plan has a pass of its own, which reads new_base.
     """
     left = list(range(len(plans)))
     passes = []
@@ -216,8 +217,8 @@ Shared = tuple[NDArray[np.float64], NDArray[np.float64], frozenset[int]]
 
 
 def _shared(leader: Work, other: Work) -> Shared | None:
-    """Return the alphas that make ``other`` of the leader's terms and region terms, and the tensors that it copies; None
-    where it is another computation."""
+    """Return the alphas that make ``other`` of the leader's terms and region terms, and the tensors that it copies;
+    None where it is another computation."""
     same = (leader.inputs, leader.outputs, leader.headers, leader.units) == (
         other.inputs,
         other.outputs,
