@@ -119,7 +119,7 @@ def _rules(alpha: Any) -> tuple[str, ...]:
     """Return rules as the command line spells them."""
     if isinstance(alpha, Mapping):
         return tuple(f"{glob}={value}" for glob, value in alpha.items())
-    return (alpha,) if isinstance(alpha, str) else tuple(str(rule) for rule in alpha)
+    return (str(alpha),) if isinstance(alpha, (str, int, float)) else tuple(str(rule) for rule in alpha)
 
 
 def make_requests(values: Any, *wrong: Complaint, **options: Any) -> list[MergeRequest]:

@@ -196,19 +196,14 @@ def passes_of(plans: Sequence[Plan]) -> list[Pass]:
     passes = []
     while left:
         leader = max(left, key=lambda i: (len(plans[i].work.terms) + len(plans[i].work.region_terms), -i))
-        work = plans[leader].work
-        found = {i: shared for i in left if (shared := _shared(work, plans[i].work)) is not None}
+        found = {i: shared for i in left if (shared := _shared(plans[leader].work, plans[i].work)) is not None}
         others = [i for i in found if i != leader]
-        alphas, region_alphas = (
-            np.array([found[i][part] for i in others], np.float64).reshape(len(others), -1).T for part in (0, 1)
-        )
-        passes.append(
-            Pass(
-                members=(leader, *others),
-                work=work.with_variants(alphas, region_alphas) if others else work,
-                copied=tuple(found[i][2] for i in (leader, *others)),
-            )
-        )
+        work = plans[leader].work
+        if others:
+            alphas, region_alphas = (np.stack([found[i][part] for i in others], axis=1) for part in (0, 1))
+            work = work.with_variants(alphas, region_alphas)
+        copied = tuple(found[i][2] for i in (leader, *others))
+        passes.append(Pass(members=(leader, *others), work=work, copied=copied))
         left = [i for i in left if i not in found]
     return passes
 
