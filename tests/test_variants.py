@@ -13,7 +13,7 @@ from hand_made_work import sample
 from paramdelta import engine
 from paramdelta.engine import EngineOptions
 from paramdelta.plan.work import EXTENT, Work
-from paramdelta.segments import ITEMS
+from paramdelta.segments import ITEMS, cut
 
 ALPHAS = (0.7, 1.0, 0.0, -3.25)
 
@@ -68,6 +68,22 @@ def test_as_separate_runs(tmp_path: Path, threads: int, memory: int) -> None:
         assert (own.counts, own.checksums, own.bytes_written) == (alone.counts, alone.checksums, alone.bytes_written)
         read = alone.bytes_read
     assert result.bytes_read == read
+
+
+def test_segments_write_to_the_files_of_all(tmp_path: Path) -> None:
+    """A segment names every file it writes to, so that it is on disk before it counts as finished."""
+    work, tensors = build(tmp_path)
+    work = in_variants(work)
+    outputs = files(work, tmp_path, len(ALPHAS))
+    parts = cut(work, 1 << 20)
+    assert len(parts) > 4
+    for part in parts:
+        before = [path.read_bytes() for path in outputs]
+        result = engine.run(part.work, outputs, tensors=tensors)
+        changed = {i for i, path in enumerate(outputs) if path.read_bytes() != before[i]}
+        assert changed <= set(part.files)
+        assert {file % len(work.outputs) for file in part.files} == {i % len(work.outputs) for i in changed}
+        assert result.bytes_written == part.nbytes
 
 
 def refusal(work: Work, outputs: list[Any], tensors: int) -> str:
