@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,20 +200,25 @@ def passes_of(plans: Sequence[Plan]) -> list[Pass]:
         others = [i for i in found if i != leader]
         work = plans[leader].work
         if others:
-            alphas, region_alphas = (np.stack([found[i][part] for i in others], axis=1) for part in (0, 1))
-            work = work.with_variants(alphas, region_alphas)
-        copied = tuple(found[i][2] for i in (leader, *others))
+            alphas = np.stack([found[i].alphas for i in others], axis=1)
+            work = work.with_variants(alphas, np.stack([found[i].region_alphas for i in others], axis=1))
+        copied = tuple(found[i].copied for i in (leader, *others))
         passes.append(Pass(members=(leader, *others), work=work, copied=copied))
         left = [i for i in left if i not in found]
     return passes
 
 
-Shared = tuple[NDArray[np.float64], NDArray[np.float64], frozenset[int]]
+class Shared(NamedTuple):
+    """What another plan makes of the leader's work: its alpha for each term and region term, and the tensors that it
+    copies."""
+
+    alphas: NDArray[np.float64]
+    region_alphas: NDArray[np.float64]
+    copied: frozenset[int]
 
 
 def _shared(leader: Work, other: Work) -> Shared | None:
-    """Return the alphas that make ``other`` of the leader's terms and region terms, and the tensors that it copies;
-    None where it is another computation."""
+    """Return what makes ``other`` of the leader's work; None where it is another computation."""
     same = (leader.inputs, leader.outputs, leader.headers, leader.units) == (
         other.inputs,
         other.outputs,
@@ -223,7 +228,7 @@ def _shared(leader: Work, other: Work) -> Shared | None:
     if not same or leader.extents.tobytes() != other.extents.tobytes():
         return None
     if all(_bytes(leader, column) == _bytes(other, column) for column in _ABOUT_INPUTS):
-        return other.terms["alpha"], other.region_terms["alpha"], frozenset()
+        return Shared(other.terms["alpha"], other.region_terms["alpha"], frozenset())
     if len(leader.regions) or len(other.regions) or not _same_places(leader.spans, other.spans):
         return None
     there = dict(zip(_keys(other), other.terms["alpha"][_listed(other.spans)].tolist(), strict=True))
@@ -231,7 +236,7 @@ def _shared(leader: Work, other: Work) -> Shared | None:
     for at, key in zip(_listed(leader.spans).tolist(), _keys(leader), strict=True):
         alphas[at] = there.pop(key, 0.0)
     raw = (other.spans["out_dtype"] == _RAW) & (leader.spans["out_dtype"] != _RAW)
-    return None if there else (alphas, np.zeros(0), frozenset(other.spans["tensor"][raw].tolist()))
+    return None if there else Shared(alphas, np.zeros(0), frozenset(other.spans["tensor"][raw].tolist()))
 
 
 def _bytes(work: Work, column: str) -> bytes:
