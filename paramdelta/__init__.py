@@ -1,8 +1,9 @@
 """Carry post-training over to another base: ``new_base + alpha · (post − base)`` over whole LLM checkpoints.
 
-``merge`` writes a checkpoint folder, ``stream`` yields merged tensors without writing, ``ops`` merges arrays and
-tensors in memory, ``reference`` states the arithmetic in NumPy. Importing this package imports none of them, and
-nothing in it imports torch until a torch tensor is passed in.
+``merge`` writes a checkpoint folder, ``extract`` and ``apply`` do so in two steps with the delta as a folder between
+them, ``stream`` yields merged tensors without writing, ``ops`` merges arrays and tensors in memory, ``reference``
+states the arithmetic in NumPy. Importing this package imports none of them, and nothing in it imports torch until a
+torch tensor is passed in.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from paramdelta.errors import (
 
 if TYPE_CHECKING:
     from paramdelta import ops, reference
+    from paramdelta.deltas import apply, extract
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
     from paramdelta.report import MergeReport, SweepReport
@@ -42,6 +44,8 @@ _LAZY = {
     "finalize": "paramdelta.gathering",
     "sweep": "paramdelta.sweeping",
     "interpolate": "paramdelta.sweeping",
+    "extract": "paramdelta.deltas",
+    "apply": "paramdelta.deltas",
     "MergeReport": "paramdelta.report",
     "SweepReport": "paramdelta.report",
     "ops": "",
@@ -62,6 +66,8 @@ __all__ = [
     "StorageError",
     "SweepReport",
     "__version__",
+    "apply",
+    "extract",
     "finalize",
     "interpolate",
     "merge",

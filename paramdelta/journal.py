@@ -58,8 +58,9 @@ def identity(plan: Plan, *, ranks: int = 1, works: Sequence[Work] = ()) -> dict[
         "paramdelta": paramdelta.__version__,
         "request": plan.request.to_dict(),
         "inputs": {
-            role: {file.name: _fingerprint(checkpoint, i) for i, file in enumerate(checkpoint.files)}
+            role: {file.name: _fingerprint(checkpoint, i) for i, file in enumerate(checkpoint.inputs)}
             for role, checkpoint in plan.checkpoints.items()
+            if not checkpoint.zeros
         },
         "plan": [_digest(plan.names, work) for work in works] if works else _digest(plan.names, plan.work),
     }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import gc
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,7 @@ def with_data_warnings(plan: Plan) -> Plan:
     """Return a plan with the warnings that a look at a sample of the data gives rise to."""
     from paramdelta.plan.order import data_warnings
 
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *data_warnings(plan)))
+    return replace(plan, warnings=(*plan.warnings, *data_warnings(plan)))
 
 
 def run_merge(
@@ -163,11 +163,12 @@ def run_merge(
 def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed: int, started: float) -> MergeReport:
     """Write the small files of a folder whose weights are done, and publish it where the result allows it."""
     with plan.watched_inputs():
+        check_sums(plan, staging.folder, result)
         write_side_files(plan, staging.folder, result)
     report, error = judged(plan, result, resumed=resumed)
     if error is None:
         staging.publish(overwrite=plan.request.overwrite)
-    report = dataclasses.replace(report, seconds=time.perf_counter() - started)
+    report = replace(report, seconds=time.perf_counter() - started)
     if error is not None:
         error.report = report
         raise error
@@ -209,20 +210,46 @@ def judged(
     return report, error
 
 
+def check_sums(plan: Plan, folder: Path, result: engine.RunResult) -> None:
+    """Raise StorageError where a tensor has not come out as it is known to be."""
+    if not plan.sums:
+        return
+    found = result.checksums
+    if found is None:
+        found = sums.read([folder / name for name, _ in plan.work.outputs], plan.work.extents)
+    made = zip(plan.names, sums.spelled(found, plan.layout.nbytes.tolist()), strict=True)
+    wrong = [name for name, crc32 in made if plan.sums.get(name, crc32) != crc32]
+    if wrong:
+        more = f" and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""
+        raise StorageError(
+            f"{shown(wrong[0])}{more}: base and delta do not give back what the delta was taken from",
+            remedy="new_base is another one, or either folder is damaged: paramdelta verify checks the delta",
+        )
+
+
 def write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:
     """Write what the folder holds besides weights, the record last: it has the checksums of all else."""
-    from paramdelta.plan.sidefiles import RECORD, with_checksums
+    from paramdelta.plan.sidefiles import RECORD, with_checksums, with_losses
 
     files = dict(plan.written_files())
     record = files.pop(RECORD)
     assert isinstance(record, bytes)
     write_files(folder, files.items())
+    if plan.request.kind == "extract":
+        record = with_losses(record, [asdict(of_format) for of_format in _rounded(losses(plan, result))])
     if plan.has_checksums:
         found = result.checksums
         if found is None:  # a part was written by a run that was not to keep them
             found = sums.read([folder / name for name, _ in plan.work.outputs], plan.work.extents)
         record = with_checksums(record, sums.document(plan, folder, files, found))
     write_files(folder, [(RECORD, record)])
+
+
+def _rounded(lost: tuple[Quantised, ...]) -> Iterator[Quantised]:
+    """Yield losses to three digits: sums of many workers are not the same to the last."""
+    for q in lost:
+        worst = tuple((name, float(f"{error:.3g}")) for name, error in q.worst)
+        yield replace(q, relative_error=float(f"{q.relative_error:.3g}"), worst=worst)
 
 
 def check_space(plan: Plan, folder: Path) -> None:

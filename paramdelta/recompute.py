@@ -49,6 +49,8 @@ class Readers:
     def codes(self, checkpoint: Checkpoint, row: int, first: int, last: int) -> NDArray[Any]:
         """Return rows ``first`` … ``last`` − 1 of a tensor as stored codes, flat."""
         table = checkpoint.tensors
+        if checkpoint.zeros:
+            return _zeros(table.dtype_of(row), table.shapes[row], first, last)
         name, dtype, path = table.names[row], table.dtype_of(row), checkpoint.files[table.file[row]].path
         if dtype.bits % 8 or dtype.name.startswith("f8") or dtype.name == "c64":
             return _raw_codes(path, name, dtype, table.shapes[row], first, last)
@@ -59,6 +61,14 @@ class Readers:
         array = file.get_slice(name)[first:last] if shape and 0 not in shape else file.get_tensor(name)
         flat: NDArray[Any] = np.ascontiguousarray(array).reshape(-1)
         return flat.view(np.dtype(f"u{dtype.itemsize}"))
+
+
+def _zeros(dtype: DType, shape: tuple[int, ...], first: int, last: int) -> NDArray[Any]:
+    """Return rows of a tensor of zeros, as :meth:`Readers.codes` gives them."""
+    elements = math.prod(shape[1:]) * (last - first) if shape else 1
+    if dtype.bits % 8:
+        return np.zeros(elements * dtype.bits // 8, np.uint8)
+    return np.zeros(elements, np.dtype(f"u{dtype.itemsize}"))
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import filecmp
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ from paramdelta.plan import Kind, MergeRequest, Plan, make_request
 from paramdelta.plan.deltas import Folders
 from paramdelta.plan.outputs import Making
 from paramdelta.plan.pairing import NONE
-from paramdelta.plan.sidefiles import RECORD, with_checksums
+from paramdelta.plan.samples import read_bytes
+from paramdelta.plan.sidefiles import REBUILD, RECORD, with_checksums, with_losses
 from paramdelta.recompute import Readers, Recomputed
 
 SAMPLE_ROWS = 8  # of each tensor, spread over it; the first and the last are always among them
@@ -58,6 +59,7 @@ def verify(
     post: Folders | None = None,
     base: Folders | None = None,
     new_base: str | Path | None = None,
+    delta: Folders | None = None,
     everything: bool = False,
     threads: int | None = None,
     memory: int | None = None,
@@ -65,7 +67,8 @@ def verify(
     io: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check the folder ``out`` against its own record and, where they are given, the three folders it was made from.
+    """Check the folder ``out`` against its own record and, where they are given, the folders it was made from: post,
+    base and new_base of a merge, post and base of a delta, ``delta`` and new_base of what it was applied to.
 
     Without them, the files, their sizes, names, types and shapes, and the CRC-32 of every tensor must be those that the
     merge recorded. With them, names, types, shapes, the index and the side files must be those the recorded request
@@ -80,17 +83,14 @@ def verify(
     """
     out = Path(out)
     options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
-    if post is None and base is None and new_base is None:
+    sources = {"post": post, "base": base, "new_base": new_base, "delta": delta}
+    given = {role: folders for role, folders in sources.items() if folders is not None}
+    if not given:
         return _against_record(out, options, on_progress)
-    if post is None or base is None or new_base is None:
-        raise InputError(
-            Complaint(
-                "sources",
-                "only some of post, base and new_base are given",
-                "all three recompute the folder; none of them checks it against the checksums it records",
-            )
-        )
-    request = recorded_request(out, post, base, new_base)
+    request = recorded_request(out, **given)
+    if request.kind == "rebuild":
+        what = "is a model made again, whose every tensor was compared with the checksums that its delta has of it"
+        raise InputError(Complaint(str(out), what, "verify it without its sources"))
     found = integrity.recorded(out)
     report = _against_sources(out, prepare(request), found, everything=everything)
     if found is None:
@@ -127,7 +127,7 @@ def _against_sources(out: Path, plan: Plan, found: integrity.Recorded | None, *,
         return VerifyReport(
             out=out, tensors=0, elements=0, fraction=0.0, files=0, problems=tuple(problems), notes=plan.warnings
         )
-    problems = [*_file_problems(plan, out, found), *_header_problems(plan, made)]
+    problems = [*_file_problems(plan, out, found), *_header_problems(plan, made), *_kept_problems(plan, out)]
     elements = 0
     if not problems:
         with Readers() as readers:
@@ -146,13 +146,20 @@ def _against_sources(out: Path, plan: Plan, found: integrity.Recorded | None, *,
     )
 
 
-def recorded_request(out: Path, post: Folders, base: Folders, new_base: str | Path) -> MergeRequest:
+_SOURCES = {"extract": ("post", "base"), "apply": ("delta", "new_base"), "rebuild": ("delta", "new_base")}
+
+
+def recorded_request(out: Path, **sources: Folders) -> MergeRequest:
     """Return the request that a merged folder records, for these sources. Raises InputError."""
     path, document = out / RECORD, integrity.read_record(out)
     try:
         recorded = dict(document["request"])
+        wanted = _SOURCES.get(recorded.get("kind", "merge"), ("post", "base", "new_base"))
+        if set(sources) != set(wanted):
+            _refuse_sources(wanted, sources)
         recorded = {k: [tuple(r) for r in v] if k.startswith("rename_") else v for k, v in recorded.items()}
-        return make_request(post=post, base=base, new_base=new_base, **recorded)
+        folders: dict[str, Any] = {"post" if role == "delta" else role: given for role, given in sources.items()}
+        return make_request(**folders, **recorded)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -163,6 +170,21 @@ def recorded_request(out: Path, post: Folders, base: Folders, new_base: str | Pa
         ) from error
 
 
+def _refuse_sources(wanted: Sequence[str], given: Iterable[str]) -> NoReturn:
+    named, others = (
+        " and ".join((", ".join([*names][:-1]), [*names][-1])).removeprefix(" and ") for names in (wanted, given)
+    )
+    raise InputError(
+        Complaint(
+            "sources",
+            f"the folder was made from {named}, and given are {others}"
+            if set(given) - set(wanted)
+            else f"only some of {named} are given",
+            f"all of {named} recompute the folder; none of them checks it against the checksums it records",
+        )
+    )
+
+
 def _file_problems(plan: Plan, out: Path, found: integrity.Recorded | None) -> Iterator[str]:
     """Compare index and side files byte for byte, and look for files that should not be there."""
     expected = {name for name, _ in plan.work.outputs}
@@ -171,7 +193,8 @@ def _file_problems(plan: Plan, out: Path, found: integrity.Recorded | None) -> I
         path = out / name
         if name == RECORD and found is not None:  # the sums are not compared here, but with the tensors
             assert isinstance(content, bytes)
-            content = with_checksums(content, found.document)
+            lost = integrity.read_record(out).get("lost")  # so are these
+            content = with_checksums(with_losses(content, lost) if lost else content, found.document)
         if not path.is_file():
             yield f"{shown(name)}: missing"
         elif not _holds(path, content):
@@ -192,9 +215,11 @@ def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:
     table = made.tensors
     sizes = {f.name: f.size for f in made.files}
     for name, size in plan.work.outputs:
-        if sizes.get(name) != size:
+        if sizes.get(name) != size and name != REBUILD:
             yield f"{shown(name)}: {sizes.get(name, 0):,} bytes, expected {size:,}"
     for tensor, name in enumerate(plan.names):
+        if _kept(plan, tensor):
+            continue
         if name not in table:
             yield f"{shown(name)}: missing"
             continue
@@ -203,11 +228,37 @@ def _header_problems(plan: Plan, made: Checkpoint) -> Iterator[str]:
         found = (spec.dtype, spec.shape, made.files[spec.file].name)
         if found != expected:
             yield f"{shown(name)}: is {_placed(found)}, expected {_placed(expected)}"
-    extra = set(table.names) - set(plan.names)
+    extra = set(table.names) - {name for tensor, name in enumerate(plan.names) if not _kept(plan, tensor)}
     if extra:
         yield f"{len(extra)} tensors that the merge does not make: {shown(sorted(extra)[0])}"
     if plan.index is not None and not (made.path / INDEX).is_file():
         yield f"{INDEX}: missing"
+
+
+def _kept(plan: Plan, tensor: int) -> bool:
+    """Whether a tensor is in the file that a lossless delta keeps beside its own."""
+    name, _ = plan.work.outputs[int(plan.out_files[tensor])]
+    return name == REBUILD
+
+
+def _kept_problems(plan: Plan, out: Path) -> Iterator[str]:
+    """Compare the file that a lossless delta keeps with what post gives."""
+    names = [name for name, _ in plan.work.outputs]
+    if REBUILD not in names or not (out / REBUILD).is_file():
+        return
+    number, spans = names.index(REBUILD), plan.work.spans
+    with open(out / REBUILD, "rb") as stored:
+        if stored.read(len(plan.work.headers[number])) != plan.work.headers[number]:
+            yield f"{REBUILD}: its header is not what the sources give"
+        for span in spans[spans["out_file"] == number]:
+            source, count = plan.work.inputs[span["new_file"]], int(span["count"])
+            for at in range(0, count, _CHUNK_ELEMENTS):
+                size, begin = min(_CHUNK_ELEMENTS, count - at), int(span["new_offset"]) + at
+                stored.seek(int(span["out_offset"]) + at)
+                wanted = read_bytes(source, begin, size) if isinstance(source, Path) else source[begin : begin + size]
+                if stored.read(size) != wanted:
+                    yield f"{REBUILD}: {shown(plan.names[span['tensor']])} is not what the sources give"
+                    break
 
 
 def _placed(found: tuple[DType, tuple[int, ...], str]) -> str:
@@ -238,7 +289,7 @@ def _plain_tensors(
     """Compare the tensors that are no planes of a recomputed weight; yield elements compared and what is wrong."""
     for tensor in range(len(plan.names)):
         making = plan.layout.outputs.making[int(plan.layout.order[tensor])]
-        if making in (Making.SPANS, Making.COPY):
+        if making in (Making.SPANS, Making.COPY) and not _kept(plan, tensor):
             checked, problem = _check_tensor(plan, made, tensor, readers, everything)
             yield _parameters_among(plan, tensor, checked), problem
 

@@ -215,5 +215,5 @@ def test_help_teaches(tmp_path: Path) -> None:
     text = run("--help", cwd=tmp_path).stdout
     for word in ("merge", "plan", "inspect", "verify", "demo", "Examples", "Exit codes"):
         assert word in text
-    for command in ("merge", "plan", "inspect", "verify", "demo"):
+    for command in ("merge", "extract", "apply", "plan", "inspect", "verify", "demo"):
         assert "--json" in run(command, "--help", cwd=tmp_path).stdout

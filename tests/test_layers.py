@@ -20,7 +20,7 @@ LAYERS = [
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("verification", "streaming"),
+    ("verification", "streaming", "deltas"),
     ("recompute", "integrity"),
     ("coordination",),
     ("gathering",),

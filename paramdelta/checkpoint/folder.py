@@ -28,7 +28,8 @@ _CONVERT = "convert: AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').sav
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
     """One safetensors file: its name in the folder, where it really lies, its size, and what its header says.
-    ``signature`` was taken before the header was read, so that no later change escapes it."""
+    ``signature`` was taken before the header was read, so that no later change escapes it. ``data_start`` is the byte
+    at which the tensors begin."""
 
     name: str
     path: Path
@@ -36,6 +37,7 @@ class ShardFile:
     metadata: dict[str, str]
     digest: str
     signature: Signature
+    data_start: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Checkpoint:
 
     ``tied`` is what the config says about tied embeddings, None where it says nothing. ``side_files`` are the other
     files of the folder, weights in other formats and hidden files left out. ``notes`` are things worth telling.
+    ``zeros``: the tensors stand for zeros, and where the table says they lie is only where an output puts its own.
     """
 
     path: Path
@@ -55,6 +58,12 @@ class Checkpoint:
     config: dict[str, Any]
     side_files: tuple[str, ...]
     notes: tuple[str, ...]
+    zeros: bool = False
+
+    @property
+    def inputs(self) -> tuple[ShardFile, ...]:
+        """The files whose data is read: none of zeros."""
+        return () if self.zeros else self.files
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -237,6 +246,7 @@ def _open_shard(folder: Path, name: str) -> tuple[ShardFile, Header]:
         metadata=header.metadata,
         digest=header.digest,
         signature=Signature.of(status),
+        data_start=header.data_start,
     )
     return shard, header
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paramdelta import __version__
-from paramdelta.cli import options, sweeps
+from paramdelta.cli import deltas, options, sweeps
 
 _EXAMPLES = """
 \b
@@ -84,19 +84,7 @@ def cli() -> None:
 @options.ranks
 @click.option("--no-checksums", is_flag=True, help="Do not record the CRC-32 of every tensor in paramdelta.json.")
 @options.output
-def merge(
-    as_json: bool,
-    quiet: bool,
-    threads: int | None,
-    memory: str,
-    isa: str | None,
-    io: str,
-    restart: bool,
-    rank: int | None,
-    world_size: int | None,
-    no_checksums: bool,
-    **request: Any,
-) -> None:
+def merge(**arguments: Any) -> None:
     """Merge three checkpoints into a fourth. Cut short, a large merge continues when the command is repeated.
 
     Several deltas are added in one pass where --post and --base are given several times, in the same order.
@@ -104,33 +92,14 @@ def merge(
     Several processes can share the work: under torchrun, which also publishes, or as tasks of a scheduler, after which
     `paramdelta finalize` publishes.
     """
-    from paramdelta import merging
-    from paramdelta.cli import many, present, render
+    from paramdelta.cli import running
+    from paramdelta.plan import make_request
 
-    this = many.rank_of(rank, world_size)
-    if this is not None:
-        many.merge_as(
-            this,
-            lambda: present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io),
-            restart=restart,
-            checksums=not no_checksums,
-            as_json=as_json,
-            quiet=quiet,
-        )
-        return
-    merge_request, run_options = present.merge_inputs(request, threads=threads, memory=memory, isa=isa, io=io)
-    plan = merging.prepare(merge_request)
-    if not as_json:
-        render.print_warnings(plan.warnings)
-    total = plan.bytes_read + plan.bytes_written
-    with render.progress(total, quiet=quiet or as_json) as on_progress:
-        report = merging.run_merge(
-            plan, options=run_options, restart=restart, checksums=not no_checksums, on_progress=on_progress
-        )
-    if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
-    elif not quiet:
-        present.merge_report(report)
+    running.run(make_request, **arguments)
+
+
+cli.add_command(deltas.extract)
+cli.add_command(deltas.apply)
 
 
 @cli.command(short_help="Publish what several ranks have merged.", epilog=_FINALIZE_EXAMPLES)
@@ -230,17 +199,22 @@ def inspect(folder: str, as_json: bool, quiet: bool) -> None:
 @cli.command(short_help="Check a merged folder, alone or against its sources.")
 @click.argument("out", type=options.FOLDER, metavar="OUT")
 @options.inputs(required=False)
+@click.option(
+    "--delta", multiple=True, type=options.FOLDER, metavar="DIR", help="A delta that was applied, without its alpha."
+)
 @click.option("--all", "everything", is_flag=True, help="Recompute every element instead of a sample of each tensor.")
 @options.machine
 @options.output
 def verify(out: str, memory: str, as_json: bool, quiet: bool, **arguments: Any) -> None:
     """Check a merged folder. Alone: its files, and the CRC-32 of every tensor, against what paramdelta.json records.
-    With --post, --base and --new-base also the values, recomputed by the reference in NumPy and read through the
-    safetensors library."""
+    With the sources (--post, --base and --new-base of a merge, --post and --base of a delta, --delta and --new-base of
+    what it was applied to) also the values, recomputed by the reference in NumPy and read through the safetensors
+    library."""
     from paramdelta import verification
     from paramdelta.cli import present, render
 
     arguments["memory"] = present.memory_bytes(memory)
+    arguments["delta"] = list(arguments["delta"]) or None
     total = verification.bytes_to_read(out)
     with render.progress(total, quiet=quiet or as_json, doing="checking") as on_progress:
         report = verification.verify(out, **arguments, on_progress=on_progress)

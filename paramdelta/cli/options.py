@@ -63,7 +63,7 @@ def inputs(*, required: bool) -> Callable[[F], F]:
 
 
 def policies(function: F) -> F:
-    """Add the options that decide what the output holds."""
+    """Add the options that decide what the output of a merge holds."""
     return _apply(
         function,
         [
@@ -80,52 +80,82 @@ def policies(function: F) -> F:
                 metavar="T",
                 help="Write every float tensor as T: bf16, f16, f32, f64, f8_e4m3, f8_e5m2. Default: as in new_base.",
             ),
-            click.option("--include", multiple=True, metavar="GLOB", help="Merge only tensors that match."),
-            click.option(
-                "--exclude",
-                multiple=True,
-                metavar="GLOB",
-                help="Copy tensors that match from new_base.",
-            ),
-            click.option(
-                "--copy-from",
-                type=click.Choice(["error", "new-base", "post"]),
-                default="error",
-                show_default=True,
-                help="Where tensors come from that cannot be paired in all three.",
-            ),
-            *(
-                click.option(
-                    f"--rename-{role}",
-                    multiple=True,
-                    metavar="REGEX=REPL",
-                    help=f"Rename tensors of {role} before pairing (re.sub).",
-                )
-                for role in ("post", "base", "new-base")
-            ),
-            click.option(
-                "--vocab",
-                type=click.Choice(["error", "extend"]),
-                default="error",
-                show_default=True,
-                help="Where vocabularies differ in size: an error, or as many rows as the larger of post and new_base.",
-            ),
-            click.option(
-                "--stacks",
-                multiple=True,
-                metavar="ROLE=KIND",
-                help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
-                "interleaved (gate and up row by row).",
-            ),
+            *_selection("copied from new_base", "new-base", "post"),
+            *_vocabulary("post and new_base"),
             *_formats(),
-            click.option(
-                "--max-shard-size",
-                metavar="SIZE",
-                help="Split the output anew, e.g. 5GB. Default: the files of new_base.",
-            ),
-            click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers."),
+            *_shards("new_base"),
         ],
     )
+
+
+def policies_of_deltas(function: F) -> F:
+    """Add the options that decide what a delta holds."""
+    left_plain = click.option(
+        "--no-quantise", multiple=True, metavar="GLOB", help="Leave tensors that match in f32 under --dtype f8."
+    )
+    return _apply(
+        function, [*_selection("zeros", "new-base"), *_vocabulary("post and base"), left_plain, *_shards("post")]
+    )
+
+
+def _selection(untouched: str, *donors: str) -> list[Callable[[F], F]]:
+    """Return the options that say which tensors are paired, and what the others become."""
+    several = len(donors) > 1
+    roles = ("post", "base", "new-base") if several else ("post", "base")
+    return [
+        click.option("--include", multiple=True, metavar="GLOB", help=f"Only what matches is not {untouched}."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help=f"What matches is {untouched}."),
+        click.option(
+            "--copy-from",
+            type=click.Choice(["error", *donors]),
+            default="error",
+            show_default=True,
+            help="Where tensors come from that cannot be paired."
+            if several
+            else "new-base: zeros for what cannot be paired.",
+        ),
+        *(
+            click.option(
+                f"--rename-{role}",
+                multiple=True,
+                metavar="REGEX=REPL",
+                help=f"Rename tensors of {role} before pairing (re.sub).",
+            )
+            for role in roles
+        ),
+    ]
+
+
+def _vocabulary(larger: str) -> list[Callable[[F], F]]:
+    """Return the options about tensors whose shapes differ or do not tell."""
+    return [
+        click.option(
+            "--vocab",
+            type=click.Choice(["error", "extend"]),
+            default="error",
+            show_default=True,
+            help=f"Where vocabularies differ in size: an error, or as many rows as the larger of {larger}.",
+        ),
+        click.option(
+            "--stacks",
+            multiple=True,
+            metavar="ROLE=KIND",
+            help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
+            "interleaved (gate and up row by row).",
+        ),
+    ]
+
+
+def _shards(followed: str) -> list[Callable[[F], F]]:
+    """Return the options about the files of the output and what is read of fp8."""
+    return [
+        click.option(
+            "--max-shard-size",
+            metavar="SIZE",
+            help=f"Split the output anew, e.g. 5GB. Default: the files of {followed}.",
+        ),
+        click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers."),
+    ]
 
 
 def _formats() -> list[Callable[[F], F]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,12 @@ _WORST_SHOWN = 5
 _RANKS_SHOWN = 64
 
 
-def merge_inputs(options: dict[str, Any], *, memory: str, **machine: Any) -> tuple[MergeRequest, EngineOptions]:
-    """Return the request and the engine's options of a merge (``memory``: ``auto``, or a size such as ``256MiB``), or
-    raise one InputError for both."""
+def merge_inputs(
+    options: dict[str, Any], make_request: Callable[..., MergeRequest], *, memory: str, **machine: Any
+) -> tuple[MergeRequest, EngineOptions]:
+    """Return the request that ``make_request`` makes of ``options`` and the engine's options (``memory``: ``auto``, or
+    a size such as ``256MiB``), or raise one InputError for both."""
     from paramdelta.engine import EngineOptions
-    from paramdelta.plan import make_request
 
     wrong: list[Complaint] = []
     run_options = EngineOptions()
@@ -95,6 +97,7 @@ def merge_report(report: MergeReport) -> None:
     ]
     if report.resumed_bytes:
         rows.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
+    rows += _lossless(report.policies)
     if report.nonfinite:
         rows.append(("not finite", f"{count(len(report.nonfinite), 'tensor')} (allowed)"))
     if report.policies.get("formats"):
@@ -128,6 +131,16 @@ def _files(ways: dict[str, int]) -> str:
     return ", ".join(f"{count(n, 'file')} {_WAYS[way]}" for way, n in ways.items())
 
 
+def _lossless(policies: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a lossless delta keeps, as rows of a table."""
+    kept = policies.get("lossless")
+    if not kept:
+        return []
+    delta = f"{human_bytes(kept['delta_bytes'])}: {count(kept['f32'], 'tensor')} in f32, {kept['f64']:,} in f64"
+    more = f"{human_bytes(kept['rebuild_bytes'])}: {count(kept['whole'], 'tensor')} whole, "
+    return [("delta", delta), ("to rebuild post", more + count(kept["single_elements"], "single element"))]
+
+
 def _formats(policies: dict[str, Any]) -> str:
     """Return how many weights are stored in which format: ``252 weights in fp8-block``."""
     return ", ".join(f"{count(n, 'weight')} in {name}" for name, n in policies["formats"].items())
@@ -159,6 +172,7 @@ def plan(plan: Plan) -> None:
     ]
     if plan.policies.get("formats"):
         rows.append(("formats", _formats(plan.policies)))
+    rows += _lossless(plan.policies)
     bound = lower_bound(plan)
     if bound is not None:
         rows.append(("at least", bound))

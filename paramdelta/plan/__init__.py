@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta import JSON_VERSION
-from paramdelta.checkpoint import INDEX, Checkpoint, open_checkpoint
+from paramdelta.checkpoint import INDEX, Checkpoint, Quantisation, open_checkpoint
 from paramdelta.checkpoint.signature import check_unchanged
 from paramdelta.dtypes import DTYPES, DType
 from paramdelta.errors import CheckpointError, Complaint, PlanError
 from paramdelta.formats import Format
+from paramdelta.plan import lossless
 from paramdelta.plan.choice import Stored, choose
 from paramdelta.plan.config import MergedConfig, merge_config, structure_warnings
 from paramdelta.plan.deltas import roles_of
@@ -35,12 +36,14 @@ from paramdelta.plan.quantising import (
     choose_statistics,
     recognise_all,
 )
-from paramdelta.plan.request import MergeRequest
+from paramdelta.plan.rebuild import is_base_of, open_kept, rebuild
+from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.several import pair_all
-from paramdelta.plan.sidefiles import CARD, RECORD, SideFile, carried_files, model_card, record
+from paramdelta.plan.sidefiles import BASE_CONFIG, CARD, REBUILD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
 from paramdelta.plan.turning import turn_stacks
 from paramdelta.plan.work import Work
+from paramdelta.plan.zeros import checked_kinds, is_delta, with_zeros
 
 __all__ = ["Kind", "MergeRequest", "Plan", "SideFile", "Work", "make_plan", "make_request", "open_all"]
 
@@ -62,6 +65,7 @@ class Plan:
     side_files: tuple[SideFile, ...]
     policies: dict[str, Any]
     warnings: tuple[str, ...]
+    sums: dict[str, str] = field(default_factory=dict)  # CRC-32 that tensors are known to have in the end
 
     @property
     def post(self) -> Checkpoint:
@@ -105,7 +109,9 @@ class Plan:
         return bool(len(self.work.extents))
 
     def without_checksums(self) -> Plan:
-        """Return the plan of the same merge, of whose tensors no checksums are wanted."""
+        """Return the plan of the same merge, of whose tensors no checksums are wanted; itself where they are known."""
+        if self.sums:
+            return self
         work = replace(self.work, extents=self.work.extents[:0])
         return replace(self, layout=replace(self.layout, work=work))
 
@@ -157,7 +163,7 @@ class Plan:
 
     def check_inputs(self) -> None:
         """Raise StorageError where a shard of an input is not what it was when its header was read."""
-        check_unchanged((f.path, f.signature) for c in self.checkpoints.values() for f in c.files)
+        check_unchanged((f.path, f.signature) for c in self.checkpoints.values() for f in c.inputs)
 
     @contextlib.contextmanager
     def watched_inputs(self) -> Iterator[None]:
@@ -197,7 +203,8 @@ def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
     else:
         if not found:
             return request
-    folders = {key: options[key] for key in ("post", "base", "new_base", "out", "overwrite") if key in options}
+    kept = ("post", "base", "new_base", "out", "overwrite", "kind")
+    folders = {key: options[key] for key in kept if key in options}
     try:
         open_all(MergeRequest.build(**folders))
     except PlanError as error:
@@ -206,8 +213,8 @@ def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
 
 
 def open_all(request: MergeRequest) -> tuple[Checkpoint, ...]:
-    """Open post, base, new_base, and post and base of further deltas. Where one cannot be opened, raise PlanError with
-    the complaints about all of them and about the output folder."""
+    """Open the folders of a request, in their order. Where one cannot be opened, or is a delta in place of a model or a
+    model in place of a delta, raise PlanError with the complaints about all of them and about the output folder."""
     wrong: list[Complaint] = []
     opened: list[Checkpoint] = []
     for role, folder in request.folders.items():
@@ -217,20 +224,23 @@ def open_all(request: MergeRequest) -> tuple[Checkpoint, ...]:
             wrong += error.complaints
     if wrong:
         raise PlanError([*check_target(request), *wrong, *recognise_all(request, opened)[1]])
+    wrong = checked_kinds(request, opened)
+    if wrong:
+        raise PlanError([*check_target(request), *wrong])
     return tuple(opened)
 
 
-def make_plan(
-    request: MergeRequest, post: Checkpoint, base: Checkpoint, new_base: Checkpoint, *more: Checkpoint
-) -> Plan:
-    """Plan a merge from open checkpoints, ``more`` being post and base of each further delta. Raises PlanError with
-    every complaint there is."""
-    opened = (post, base, new_base, *more)
-    checkpoints = dict(zip(request.folders, opened, strict=True))
+def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
+    """Plan a merge from open checkpoints, in the order of the request's folders. Raises PlanError with every complaint
+    there is."""
     wrong = check_target(request) + check_links(request, opened)
-    quantisations, quantised_wrong = recognise_all(request, opened)
+    recognised, quantised_wrong = recognise_all(request, opened)
     if quantised_wrong:  # names would not pair, for a reason already given
         raise PlanError([*wrong, *quantised_wrong])
+    checkpoints, quantisations = with_zeros(request, opened, recognised, wrong)
+    if request.kind == "rebuild":
+        return _rebuild(request, checkpoints, quantisations, wrong)
+    post, base, new_base = (checkpoints[role] for role in ROLES)
     names = rename_all(request, checkpoints, quantisations, wrong)
     p, b, n = (names[role] for role in ("post", "base", "new_base"))
     pairing = pair_all(request, names, wrong)
@@ -238,25 +248,35 @@ def make_plan(
     turn_stacks(pairing, stored.formats, names)
     statistics = choose_statistics(request, pairing, stored, names, wrong)
     quant_config = choose_config(request, pairing, stored, names, statistics, wrong)
+    if request.lossless:
+        wrong += lossless.unlisted(post)
     if wrong:
         raise PlanError(wrong)
+    found = lossless.survey(pairing, names) if request.lossless else None
+    stored = stored if found is None else found.stored(stored)
     layout = lay_out(request, pairing, stored, Tables(names), statistics)
+    if found is not None:
+        layout = lossless.with_rebuild(layout, pairing, Tables(names), found)
     config = merge_config(
         post,
         base,
         new_base,
         vocab_size=_vocab_size(pairing, n),
-        dtype=request.dtype,
+        dtype=request.delta_dtype if request.kind == "extract" else request.dtype,
         quant_config=quant_config,
     )
     carried, left_out = carried_files(checkpoints)
     policies = _policies(pairing, config, left_out, stored)
+    if found is not None:
+        policies["lossless"] = lossless.summary(layout, pairing, stored, found)
     made = [
         SideFile(name=CARD, source=None, data=model_card(request, checkpoints), origin="made"),
         SideFile(name=RECORD, source=None, data=record(request, checkpoints, policies), origin="made"),
     ]
     if config.data is not None:
         made.append(SideFile(name="config.json", source=None, data=config.data, origin="new_base"))
+    if request.kind == "extract":
+        made += _config_of_base(base)
     made += _quant_file(quant_config, new_base)
     left_out = [name for name in left_out if name != HF_QUANT_CONFIG]
     notes = [note for c in opened for note in c.notes]
@@ -269,8 +289,47 @@ def make_plan(
         layout=layout,
         side_files=(*carried, *made),
         policies=policies,
-        warnings=(*config.warnings, *_other_structures(checkpoints), *stored.notes, *notes),
+        warnings=(*config.warnings, *_other_structures(checkpoints), *stored.notes, *notes, *_own_base(checkpoints)),
     )
+
+
+def _rebuild(
+    request: MergeRequest, checkpoints: dict[str, Checkpoint], quantisations: list[Quantisation], wrong: list[Complaint]
+) -> Plan:
+    """Plan making the model again that a lossless delta was taken from."""
+    delta, new_base = checkpoints["post"], checkpoints["new_base"]
+    try:
+        kept = open_kept(delta)
+    except CheckpointError as error:
+        wrong += error.complaints
+    if wrong:
+        raise PlanError(wrong)
+    checkpoints["post"] = replace(delta, files=(*delta.files, kept.file))
+    names = rename_all(request, checkpoints, quantisations, wrong)
+    made = rebuild(names, kept)
+    policies: dict[str, Any] = {"rebuilt": {"tensors": len(made.pairing.names), "base_and_delta": len(made.sums)}}
+    own_record = SideFile(name=RECORD, source=None, data=record(request, checkpoints, policies), origin="made")
+    return Plan(
+        request=request,
+        checkpoints=checkpoints,
+        names_by_role=names,
+        pairing=made.pairing,
+        stored=Stored(formats=[None] * len(made.pairing.names), dtypes=[], like=None),
+        layout=made.layout,
+        side_files=(*made.side_files, own_record),
+        policies=policies,
+        warnings=tuple(note for c in (delta, new_base) for note in c.notes),
+        sums=made.sums,
+    )
+
+
+def _own_base(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
+    """Yield a note where a delta is added to the very base that it was taken from."""
+    for role, checkpoint in checkpoints.items():
+        if is_delta(checkpoint) and not checkpoint.zeros and not is_base_of(checkpoint, checkpoints["new_base"]):
+            again = " (--rebuild makes that byte for byte)" if (checkpoint.path / REBUILD).is_file() else ""
+            which = "the delta" if role == "post" else f"delta {role.partition('_')[2]}"
+            yield f"new_base is the base that {which} was taken from: at alpha 1 the result is what it led to{again}"
 
 
 def _other_structures(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
@@ -279,6 +338,13 @@ def _other_structures(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
         post, base = (checkpoints[role] for role in roles_of(number))
         for warning in structure_warnings(post, base, checkpoints["new_base"]):
             yield f"delta {number + 1}: {warning}"
+
+
+def _config_of_base(base: Checkpoint) -> list[SideFile]:
+    """Return base's config as a file of a delta's folder, by which a later merge knows what post changed."""
+    source = base.path / "config.json"
+    there = source.is_file()
+    return [SideFile(name=BASE_CONFIG, source=source, data=None, origin="base")] if there else []
 
 
 def _quant_file(quant_config: QuantConfig, new_base: Checkpoint) -> list[SideFile]:

@@ -26,10 +26,11 @@ class AlphaRule:
 
 @dataclass(frozen=True)
 class Source:
-    """The folders of one delta, and its alphas, which start with the rule for all, ``*``."""
+    """The folders of one delta, and its alphas, which start with the rule for all, ``*``. Without a base, ``post`` is
+    the delta itself."""
 
     post: Path
-    base: Path
+    base: Path | None
     alphas: tuple[AlphaRule, ...]
 
 
@@ -41,19 +42,20 @@ def roles_of(number: int) -> tuple[str, str]:
 
 def folder_options(folders: Mapping[str, str | Path]) -> dict[str, Any]:
     """Return folders by role as the options ``post``, ``base`` and ``new_base`` of a request."""
-    count = sum(role.partition("_")[0] == "post" for role in folders)
-    posts, bases = ([folders[roles_of(n)[side]] for n in range(count)] for side in (0, 1))
-    several = {"post": posts, "base": bases} if count > 1 else {"post": posts[0], "base": bases[0]}
-    return {**several, "new_base": folders["new_base"]}
+    options: dict[str, Any] = {}
+    for role, folder in folders.items():
+        options.setdefault("new_base" if role == "new_base" else role.partition("_")[0], []).append(folder)
+    return {option: found if len(found) > 1 else found[0] for option, found in options.items()}
 
 
 def read_sources(post: Any, base: Any, alpha: Any, alphas: Sequence[str], wrong: list[Complaint]) -> list[Source]:
     """Pair the folders, and give each pair its alphas; there is one pair at least.
 
-    ``alpha`` is for all pairs, or a list with one for each. ``alphas``, and the globs of a mapping, may begin with the
-    number of the pair that they are for: ``2:0.5``, ``2:GLOB=0.5``.
+    Without ``base`` each post is a delta itself. ``alpha`` is for all pairs, or a list with one for each. ``alphas``,
+    and the globs of a mapping, may begin with the number of the pair that they are for: ``2:0.5``, ``2:GLOB=0.5``.
     """
-    posts, bases = _folders(post), _folders(base)
+    posts = _folders(post)
+    bases: list[Any] = [None] * len(posts) if base is None else _folders(base)
     if len(posts) != len(bases) or not posts:
         wrong.append(
             Complaint(

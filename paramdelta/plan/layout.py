@@ -30,6 +30,7 @@ from paramdelta.plan.request import MergeRequest
 from paramdelta.plan.work import EXTENT, SPAN, TERM, Work
 
 _RAW = BY_NAME["u8"].code
+_RAW_ZEROS = BY_NAME["f8_e4m3"].code  # bytes of zeros are made, not copied, and so need a type with arithmetic
 _ZEROS = -1
 
 Column = NDArray[Any]
@@ -48,12 +49,12 @@ class Tables:
 
     def inputs(self) -> tuple[Path, ...]:
         """Return all input files, in the order of the roles: post's, base's, new_base's, those of further deltas."""
-        return tuple(f.path for names in self.by_role.values() for f in names.checkpoint.files)
+        return tuple(f.path for names in self.by_role.values() for f in names.checkpoint.inputs)
 
     @cached_property
     def first_files(self) -> dict[str, int]:
         """The number of each role's first file."""
-        counts = [len(names.checkpoint.files) for names in self.by_role.values()]
+        counts = [len(names.checkpoint.inputs) for names in self.by_role.values()]
         return dict(zip(self.by_role, itertools.accumulate(counts, initial=0), strict=False))
 
 
@@ -267,7 +268,7 @@ def _spans(
     raw = ~merged & (kinds != Kind.EXTENDED) & (source_dtype == spans["out_dtype"])
     spans["count"] = np.where(raw, nbytes[order], spans["count"])
     for column in ("out_dtype", "new_dtype"):
-        spans[column] = np.where(raw, _RAW, spans[column])
+        spans[column] = np.where(raw, np.where(spans["new_file"] == _ZEROS, _RAW_ZEROS, _RAW), spans[column])
 
     terms = np.zeros(int(counts.sum()), TERM)
     spans["n_terms"] = counts
@@ -291,9 +292,13 @@ def _spans(
 
 def _place(target: Column, prefix: str, tables: Tables, role: str, rows: Column) -> Column:
     """Fill the file, offset and dtype columns ``prefix_*`` with where ``rows`` of a role's table lie."""
-    table = tables.by_role[role].checkpoint.tensors
-    target[f"{prefix}_file"] = _take(table.file, rows) + tables.first_files[role]
-    target[f"{prefix}_offset"] = _take(table.offset, rows)
+    checkpoint = tables.by_role[role].checkpoint
+    table = checkpoint.tensors
+    if checkpoint.zeros:
+        target[f"{prefix}_file"], target[f"{prefix}_offset"] = _ZEROS, 0
+    else:
+        target[f"{prefix}_file"] = _take(table.file, rows) + tables.first_files[role]
+        target[f"{prefix}_offset"] = _take(table.offset, rows)
     dtype = _take(table.dtype, rows)
     target[f"{prefix}_dtype"] = dtype
     return dtype

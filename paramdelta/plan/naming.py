@@ -111,6 +111,9 @@ def rename_all(
     names: dict[str, Names] = {}
     unused: dict[str, list[set[int]]] = {}
     for (role, checkpoint), quantisation in zip(checkpoints.items(), found, strict=True):
+        if checkpoint.zeros:  # named as the post that they mirror; what is wrong there is said of it
+            names[role] = renamed(checkpoint, quantisation, request.renames("post"), [], [])
+            continue
         left = unused.setdefault(checkpoint.role, [])
         names[role] = renamed(checkpoint, quantisation, request.renames(role), wrong, left)
     for role, sets in unused.items():

@@ -3,6 +3,7 @@ tensors that post changed. Both only ever warn."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def order_warnings(plan: Plan) -> tuple[str, ...]:
     found = []
     for number in range(len(plan.request.sources)):
         first = list(plan.checkpoints).index(roles_of(number)[0])
-        counts = [len(c.files) for c in plan.checkpoints.values()]
+        counts = [len(c.inputs) for c in plan.checkpoints.values()]
         warning = _order_warning(plan.work, range(sum(counts[:first]), sum(counts[: first + 1])))
         if warning:
             found.append(f"delta {number + 1}: {warning}" if plan.request.more else warning)
@@ -49,7 +50,8 @@ def _order_warning(work: Work, posts: range) -> str | None:
             base_square += float(np.nansum(base**2))
     if base_square == post_base == post_new == 0.0:  # nothing to look at
         return None
-    return judge_order(post_base, post_new, base_square)
+    extracted = bool((work.spans["new_file"] < 0).all() and (work.views["file"][work.regions["new_view"]] < 0).all())
+    return judge_order(post_base, math.inf if extracted else post_new, base_square)
 
 
 def judge_order(post_base: float, post_new: float, base: float) -> str | None:
@@ -100,7 +102,8 @@ def samples_of(work: Work, posts: range | None = None) -> list[Operands]:
     input files ``posts``, by default of the first that each adds."""
     spans, regions = work.spans, work.regions
     terms = _terms_of(spans, work.terms["post_file"], posts)
-    plain = np.flatnonzero((terms >= 0) & (spans["new_file"] >= 0) & (spans["count"] > 1))
+    known = (spans["new_file"] >= 0) | (spans["new_file"] < 0).all()  # all: a delta is extracted
+    plain = np.flatnonzero((terms >= 0) & known & (spans["count"] > 1))
     samples = [of_span(work, spans[at], work.terms[terms[at]]) for at in _some_of(plain, spans["count"][plain])]
     terms = _terms_of(regions, work.views["file"][work.region_terms["post_view"]], posts)
     scaled = np.flatnonzero(terms >= 0)

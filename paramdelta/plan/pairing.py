@@ -132,7 +132,8 @@ class _Pairer:
         self.result = Pairing()
         self.problems = Problems()
         stackings = dict(request.stacks)
-        self.structures = {n.role: Structure(n, stackings.get(n.role)) for n in (post, base, new_base)}
+        lies = {n.role: stackings.get("post" if n.checkpoint.zeros else n.role) for n in (post, base, new_base)}
+        self.structures = {n.role: Structure(n, lies[n.role]) for n in (post, base, new_base)}
         self.bridged_rows: dict[str, set[int]] = {"post": set(), "base": set()}
 
     def run(self) -> None:

@@ -38,7 +38,10 @@ def _listing(lines: list[str]) -> str:
 
 def complaints(problems: Problems, request: MergeRequest, names: dict[str, Names]) -> list[Complaint]:
     found: list[Complaint] = []
+    owner = "post" if request.kind == "extract" else "new_base"  # whose names the output has
     for role in ("post", "base"):
+        if role not in request.folders:  # zeros with the names of the other one, which has the same problems
+            continue
         missing, extra = problems.missing[role], problems.extra[role]
         if missing:
             remedy = "--copy-from new-base (or post) takes such tensors over; --exclude GLOB names them"
@@ -47,7 +50,7 @@ def complaints(problems: Problems, request: MergeRequest, names: dict[str, Names
             found.append(
                 Complaint(
                     str(request.folder(role)),
-                    f"{role} lacks {len(missing):,} tensors that new_base has:{grouped(missing)}",
+                    f"{role} lacks {len(missing):,} tensors that {owner} has:{grouped(missing)}",
                     remedy,
                 )
             )
@@ -55,7 +58,7 @@ def complaints(problems: Problems, request: MergeRequest, names: dict[str, Names
             found.append(
                 Complaint(
                     str(request.folder(role)),
-                    f"{role} has {len(extra):,} tensors that new_base lacks:{grouped(extra)}",
+                    f"{role} has {len(extra):,} tensors that {owner} lacks:{grouped(extra)}",
                     "--copy-from new-base drops them, --copy-from post adds post's to the output; "
                     "--exclude GLOB leaves them out",
                 )

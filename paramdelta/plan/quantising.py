@@ -133,7 +133,7 @@ def choose_config(
     new_base = names["new_base"]
     formats = [f for f in stored.formats if f is not None]
     if not formats:
-        return QuantConfig(kept=new_base.quantisation.method is None)
+        return QuantConfig(kept=new_base.quantisation.method is None and not new_base.checkpoint.zeros)
     added = [] if stored.like is None else _added(pairing, stored, stored.like)
     dropped = bool(new_base.quantisation.statistics) and not statistics
     alike = stored.like is not None and _same_config(stored.like, new_base)

@@ -17,6 +17,7 @@ from paramdelta.errors import Complaint, PlanError, shown
 from paramdelta.plan.deltas import AlphaRule, Folders, Source, read_sources, roles_of, spelled_alphas
 
 ROLES = ("post", "base", "new_base")
+KINDS = ("merge", "extract", "apply", "rebuild")
 STACKINGS = ("straight", "transposed", "interleaved")
 COPY_FROM = ("error", "new-base", "post")
 VOCAB = ("error", "extend")
@@ -42,12 +43,19 @@ class Rename:
 class MergeRequest:
     """One merge, checked. Build it with :meth:`build`; every field is part of the result's identity except ``out``,
     ``overwrite``, ``allow_nonfinite`` and ``max_quant_error``. ``post``, ``base`` and ``alphas`` are the first delta's,
-    and ``more`` are the others, added in this order; ``alphas`` starts with the rule for all, ``*``."""
+    and ``more`` are the others, added in this order; ``alphas`` starts with the rule for all, ``*``.
+
+    ``kind`` is ``merge``; ``extract`` (post − base, added to zeros in place of a new_base; ``delta_dtype`` is the type
+    of the delta, ``lossless`` keeps what gives post back); ``apply`` (deltas as post, zeros in place of their bases);
+    or ``rebuild`` (post again, from a lossless delta and its own base as new_base)."""
 
     post: Path
-    base: Path
-    new_base: Path
+    base: Path | None
+    new_base: Path | None
     out: Path | None
+    kind: str = "merge"
+    delta_dtype: DType | None = None
+    lossless: bool = False
     alphas: tuple[AlphaRule, ...] = (AlphaRule("*", 1.0),)
     more: tuple[Source, ...] = ()
     include: tuple[str, ...] = ()
@@ -76,9 +84,12 @@ class MergeRequest:
         cls,
         *,
         post: Folders,
-        base: Folders,
-        new_base: str | Path,
+        base: Folders | None = None,
+        new_base: str | Path | None = None,
         out: str | Path | None = None,
+        kind: str = "merge",
+        delta_dtype: str | DType | None = None,
+        lossless: bool = False,
         alpha: float | str | Mapping[str, float] | Sequence[Any] = 1.0,
         alphas: str | Sequence[str] = (),
         include: str | Sequence[str] = (),
@@ -115,8 +126,13 @@ class MergeRequest:
         request = cls(
             post=first.post,
             base=first.base,
-            new_base=Path(new_base),
+            new_base=None if new_base is None else Path(new_base),
             out=None if out is None else Path(out),
+            kind=_choice("kind", kind, KINDS, wrong),
+            delta_dtype=_dtype("f32" if kind == "extract" and not lossless else None, wrong)
+            if delta_dtype is None
+            else _dtype(delta_dtype, wrong),
+            lossless=lossless,
             alphas=first.alphas,
             more=tuple(more),
             include=_strings(include),
@@ -140,7 +156,7 @@ class MergeRequest:
             max_quant_error=_fraction("--max-quant-error", max_quant_error, wrong),
             overwrite=overwrite,
         )
-        wrong += _format_complaints(request)
+        wrong += _format_complaints(request) + _kind_complaints(request)
         if request.dtype is not None and request.dtype.bits == 8 and not allow_unscaled:
             wrong.append(
                 Complaint(
@@ -160,11 +176,17 @@ class MergeRequest:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Every folder by role: ``post``, ``base``, ``new_base``, then ``post_2``, ``base_2`` and so on."""
+        """Every folder by role: ``post``, ``base``, ``new_base``, then ``post_2``, ``base_2`` and so on; without those
+        in whose place there are zeros."""
         found = {"post": self.post, "base": self.base, "new_base": self.new_base}
         for number, source in enumerate(self.more, 1):
             found |= dict(zip(roles_of(number), (source.post, source.base), strict=True))
-        return found
+        return {role: folder for role, folder in found.items() if folder is not None}
+
+    @property
+    def takes_deltas(self) -> bool:
+        """Whether ``post`` names deltas, not models."""
+        return self.kind in ("apply", "rebuild")
 
     def folder(self, role: str) -> Path:
         """Return the folder of a role."""
@@ -182,7 +204,13 @@ class MergeRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what decides the result, without paths, as JSON-ready values that :meth:`build` takes back."""
+        about_deltas = {
+            "kind": self.kind,
+            "delta_dtype": None if self.delta_dtype is None else self.delta_dtype.name,
+            "lossless": self.lossless,
+        }
         return {
+            **(about_deltas if self.kind != "merge" else {}),
             "alphas": spelled_alphas(self.sources),
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -316,6 +344,35 @@ def _format_complaints(request: MergeRequest) -> list[Complaint]:
         for option, present in given.items()
         if present and not scaled
     ] + ([twice] if request.dtype is not None and request.format is not None and not scaled else [])
+
+
+def _kind_complaints(request: MergeRequest) -> list[Complaint]:
+    """What a kind of request needs, and what has no meaning there."""
+    wanted = {"merge": ("base", "new_base"), "extract": ("base",)}.get(request.kind, ("new_base",))
+    found = [
+        Complaint(
+            f"--{role.replace('_', '-')}", "is missing" if role in wanted else f"is nothing that {request.kind} takes"
+        )
+        for role in ("base", "new_base")
+        if (getattr(request, role) is not None) != (role in wanted)
+    ]
+    if request.kind != "merge" and request.copy_from == "post":
+        found.append(
+            Complaint(
+                "--copy-from", "post: a delta is no weight that could be copied", "--copy-from new-base, or error"
+            )
+        )
+    if request.kind == "rebuild":
+        bare = MergeRequest(post=request.post, base=None, new_base=None, out=None, kind="rebuild").to_dict()
+        given = [name for name, value in request.to_dict().items() if value != bare[name]]
+        if request.more or given:
+            text = f"what is made again is what one delta was taken from, so that {', '.join(given)} cannot change it"
+            found.append(Complaint("--rebuild", text, "leave these options out, or leave out --rebuild"))
+    if request.kind == "extract" and request.alphas != (AlphaRule("*", 1.0),):
+        found.append(Complaint("--alpha", "a delta is extracted as it is", "paramdelta apply scales it"))
+    if request.kind == "extract" and request.lossless and (request.delta_dtype or request.format):
+        found.append(Complaint("--dtype", "a lossless delta is f32 or f64, as each tensor needs", "leave it out"))
+    return found
 
 
 def _size(value: int | str | None, option: str) -> int | None:

@@ -28,6 +28,8 @@ def of_span(work: Work, span: Any, term: Any) -> Operands | None:
     count = min(int(span["count"]), SAMPLED_ELEMENTS)
     p = _plain(work, term["post_file"], term["post_offset"], term["post_dtype"], count)
     b = _plain(work, term["base_file"], term["base_offset"], term["base_dtype"], count)
+    if span["new_file"] < 0:
+        return p, b, np.zeros(count)
     return p, b, _plain(work, span["new_file"], span["new_offset"], span["new_dtype"], count)
 
 

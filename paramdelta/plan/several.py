@@ -34,7 +34,9 @@ def pair_all(request: MergeRequest, names: dict[str, Names], wrong: list[Complai
         wrong += found
     result = pairings[0] if len(pairings) == 1 else _Joiner(names, pairings, wrong).run()
     wrong += _unmatched_globs(request, names)
-    if request.rename_new_base:  # renames are for pairing: the output is called what new_base calls it
+    if (
+        request.rename_new_base or new_base.checkpoint.zeros
+    ):  # renames are for pairing: the output is called what new_base calls it
         rows = new_base.rows
         result.names = [new_base.own_name(rows[n]) if n in rows else n for n in result.names]
     return result

@@ -36,7 +36,10 @@ class Views:
         return len(self.rows) - 1
 
     def location(self, role: str, row: int) -> tuple[int, int]:
-        table = self.names[role].checkpoint.tensors
+        checkpoint = self.names[role].checkpoint
+        if checkpoint.zeros:
+            return ABSENT, 0
+        table = checkpoint.tensors
         return self.first_files[role] + int(table.file[row]), int(table.offset[row])
 
     def plain_view(self, role: str, at: Slice, out: Slice) -> tuple[Any, ...]:

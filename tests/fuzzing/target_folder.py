@@ -49,7 +49,7 @@ def run(data: bytes) -> None:
         _look(folder)
         if name == RECORD:
             try:
-                recorded_request(folder, folder, folder, folder)
+                recorded_request(folder, post=folder, base=folder, new_base=folder)
             except InputError as error:
                 refusals.check(error)
 
