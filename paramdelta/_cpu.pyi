@@ -68,6 +68,8 @@ class Engine:
         columns: dict[str, Any],
         tensors: int,
         units: int,
+        variants: int = 1,
+        own_input: int = -1,
         inputs: list[Any],
         outputs: list[Any],
         threads: int,

@@ -116,6 +116,26 @@ class RunResult:
     paths: Paths | None = None
     checksums: Mapping[int, int] | None = None
 
+    def of_variant(self, variant: int, variants: int, tensors: int) -> RunResult:
+        """Return what a run of ``variants``, of ``tensors`` each, did for one of them. Bytes read, and seconds, are
+        those of all."""
+        first = variant * tensors
+        mine = range(first, first + tensors)
+        paths = self.paths
+        if paths is not None:
+            files = len(paths.outputs) // variants
+            paths = replace(paths, outputs=paths.outputs[variant * files : (variant + 1) * files])
+        return replace(
+            self,
+            bytes_written=self.bytes_written // variants,
+            paths=paths,
+            counts=tuple(replace(c, tensor=c.tensor - first) for c in self.counts if c.tensor in mine),
+            losses=tuple(replace(x, tensor=x.tensor - first) for x in self.losses if x.tensor in mine),
+            checksums=None
+            if self.checksums is None
+            else {tensor - first: value for tensor, value in self.checksums.items() if tensor in mine},
+        )
+
 
 NOTHING = RunResult(seconds=0.0, bytes_read=0, bytes_written=0, threads=0, slot_bytes=0, isa="", counts=())
 
@@ -148,7 +168,8 @@ def run(
     """Carry out ``work`` into existing files, into writable byte arrays of the outputs' sizes, or, where an output is
     only its size, into nothing.
 
-    ``tensors`` is the number of output tensors the spans refer to. ``on_progress(bytes_read, bytes_written)`` is
+    ``tensors`` is the number of output tensors the spans refer to. Of several variants, ``outputs`` are those of the
+    first, then of the second, and so on. ``on_progress(bytes_read, bytes_written)`` is
     called about ten times a second. KeyboardInterrupt, and whatever ``on_progress`` raises, stops the workers after
     the load they carry and is raised again. Raises StorageError where a read or write fails.
     """
@@ -276,6 +297,8 @@ def start(
             columns={name: getattr(work, name) for name in COLUMNS},
             tensors=tensors,
             units=len(work.units),
+            variants=work.variants,
+            own_input=work.own_input,
             inputs=[_opened(file, access) for file, access in zip(work.inputs, paths.inputs, strict=True)],
             outputs=[_opened(file, access) for file, access in zip(outputs, paths.outputs, strict=True)],
             threads=threads,
@@ -296,7 +319,7 @@ def start(
 def paths_for(work: Work, outputs: Outputs, options: EngineOptions | None = None) -> Paths:
     """Return how the files of ``work`` and ``outputs`` are to be reached under ``options``."""
     mode = (options or EngineOptions()).io
-    return choose_paths(work.inputs, outputs, [size for _, size in work.outputs], mode)
+    return choose_paths(work.inputs, outputs, [size for _, size in work.outputs] * work.variants, mode)
 
 
 def _opened(file: Any, access: str | None) -> Any:

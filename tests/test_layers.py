@@ -26,6 +26,7 @@ LAYERS = [
     ("recompute", "integrity"),
     ("coordination",),
     ("gathering",),
+    ("sweeping",),
     ("merging", "meeting"),
     ("resuming",),
     ("journal",),

@@ -18,6 +18,19 @@ namespace {
 constexpr int kMostThreads = 1 << 16;
 constexpr std::size_t kLargestSlot = std::size_t{1} << 40;
 
+// Where the tensors of all variants lie.
+std::vector<Extent> of_variants(const Work& work, std::size_t outputs) {
+  std::vector<Extent> extents;
+  extents.reserve(work.extents.size() * work.variants);
+  for (std::size_t v = 0; v < work.variants; ++v)
+    for (Extent extent : work.extents) {
+      extent.file = work.output_for(extent.file, v, outputs);
+      extent.tensor += static_cast<std::int32_t>(v * work.tensors);
+      extents.push_back(extent);
+    }
+  return extents;
+}
+
 std::byte* map_slab(std::size_t bytes) {
   void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -48,10 +61,13 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
   }
   for (const Target& output : outputs_) work_.alignment = std::max(work_.alignment, output.alignment());
   work_.validate(input_sizes, output_sizes);
-  checksums_.emplace(std::move(work_.extents), work_.tensors, output_sizes, options_.isa);
-  results_.counts.resize(work_.tensors);
-  results_.losses.resize(work_.regions.empty() ? 0 : work_.tensors);
-  results_.measured.resize(work_.units);
+  for (const Target& output : outputs_)
+    if (output.memory && work_.variants > 1) throw std::invalid_argument("variants write to files only");
+  const std::size_t tensors = work_.tensors * work_.variants;
+  checksums_.emplace(of_variants(work_, outputs_.size()), tensors, output_sizes, options_.isa);
+  results_.counts.resize(tensors);
+  results_.losses.resize(work_.regions.empty() ? 0 : tensors);
+  results_.measured.resize(work_.units * work_.variants);
   const std::size_t capacity = Slot::capacity(work_, options_.slot_bytes);
   if (capacity < 4096 * static_cast<std::size_t>(work_.max_operands()))
     throw std::invalid_argument("slots of " + std::to_string(options_.slot_bytes) + " bytes are too small");
@@ -103,29 +119,38 @@ void Engine::work_through(Slot& slot, Rectangle& rectangle) {
 
 void Engine::carry(Slot& slot) {
   bytes_read_ += static_cast<std::int64_t>(slot.fill(inputs_, outputs_));
-  slot.compute([this](const Merge& job, std::int32_t tensor) {
-    const Counts counts = cpu::merge(options_.isa, job, cpu::Store::cached);
-    if (counts.nan + counts.inf + counts.overflow == 0) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    results_.counts[static_cast<std::size_t>(tensor)] += counts;
-  });
-  bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_, *checksums_));
+  for (std::size_t v = 0; v < work_.variants; ++v) {
+    slot.compute(inputs_, v, [this, v](const Merge& job, std::int32_t tensor) {
+      const Counts counts = cpu::merge(options_.isa, job, cpu::Store::cached);
+      if (counts.nan + counts.inf + counts.overflow == 0) return;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      results_.counts[v * work_.tensors + static_cast<std::size_t>(tensor)] += counts;
+    });
+    bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_, *checksums_, v));
+  }
 }
 
 void Engine::carry(Rectangle& rectangle, const Piece& piece) {
   bytes_read_ += static_cast<std::int64_t>(rectangle.fill(piece, inputs_));
   const Region& region = rectangle.region();
-  const ScaledResult result = region.measure ? cpu::measure_scaled(options_.isa, rectangle.job())
-                                             : cpu::merge_scaled(options_.isa, rectangle.job());
-  bytes_written_ += static_cast<std::int64_t>(rectangle.drain(outputs_, *checksums_));
+  for (std::size_t v = 0; v < work_.variants; ++v) {
+    bytes_read_ += static_cast<std::int64_t>(rectangle.turn_to(v, inputs_));
+    const ScaledResult result = region.measure ? cpu::measure_scaled(options_.isa, rectangle.job())
+                                               : cpu::merge_scaled(options_.isa, rectangle.job());
+    bytes_written_ += static_cast<std::int64_t>(rectangle.drain(outputs_, *checksums_));
+    note(region, v, result);
+  }
+}
+
+void Engine::note(const Region& region, std::size_t variant, const ScaledResult& result) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (region.measure) {
-    Measured& unit = results_.measured[static_cast<std::size_t>(region.unit)];
+    Measured& unit = results_.measured[variant * work_.units + static_cast<std::size_t>(region.unit)];
     unit.amax = std::max(unit.amax, result.amax);
     unit.touched = unit.touched || result.touched;
     return;
   }
-  const auto tensor = static_cast<std::size_t>(region.tensor);
+  const std::size_t tensor = variant * work_.tensors + static_cast<std::size_t>(region.tensor);
   results_.counts[tensor] += result.counts;
   results_.losses[tensor].error_squared += result.error_squared;
   results_.losses[tensor].value_squared += result.value_squared;

@@ -40,6 +40,7 @@ struct Loss {
 };
 
 struct Results {
+  // Numbers of tensors and units are those of all variants (Work).
   std::vector<Counts> counts;      // one per tensor
   std::vector<Loss> losses;        // one per tensor; empty where the work has no regions
   std::vector<Measured> measured;  // one per unit
@@ -57,7 +58,8 @@ struct Progress {
 class Engine {
  public:
   // Checks the work against the sizes of the files. Throws StorageError or std::invalid_argument. Output
-  // files must exist at their full size; memory of a target belongs to the caller and must outlive the run.
+  // files must exist at their full size; memory of a target belongs to the caller and must outlive the run. Variants
+  // write to files only.
   Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs,
          const std::vector<std::int64_t>& output_sizes, Options options);
   ~Engine();
@@ -80,6 +82,7 @@ class Engine {
   void work_through(Slot& slot, Rectangle& rectangle);
   void carry(Slot& slot);
   void carry(Rectangle& rectangle, const Piece& piece);
+  void note(const Region& region, std::size_t variant, const ScaledResult& result);
 
   Work work_;
   std::vector<Input> inputs_;

@@ -35,9 +35,11 @@ class Rectangle {
 
   // Reads the operands of a piece. Returns the bytes read.
   std::size_t fill(const Piece& piece, const std::vector<Input>& inputs);
+  // Makes job() that of one of the variants: its alphas, and the scales it is given. Returns the bytes read.
+  std::size_t turn_to(std::size_t variant, const std::vector<Input>& inputs);
   const ScaledMerge& job() const { return job_; }
   const Region& region() const { return work_.regions[piece_.region]; }
-  // Writes codes and scales, and has them summed. Returns their bytes.
+  // Writes codes and scales of the variant turned to, and has them summed. Returns their bytes.
   std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums) const;
 
  private:
@@ -52,8 +54,8 @@ class Rectangle {
   Plane load_turned_nibbles(const std::vector<Input>& inputs, const View& view);
   Matrix load_view(const std::vector<Input>& inputs, std::int32_t number);
   void load_scales(const std::vector<Input>& inputs, const View& view, Scales& scales);
-  float load_float(const std::vector<Input>& inputs, std::int32_t file, std::int64_t offset);
-  void prepare_output(const std::vector<Input>& inputs);
+  float load_float(const Input& input, std::int64_t offset);
+  void prepare_output();
 
   const Work& work_;
   std::byte* const memory_;
@@ -63,6 +65,7 @@ class Rectangle {
   ScaledMerge job_;
   std::vector<MatrixTerm> terms_;
   std::size_t read_ = 0;
+  std::size_t variant_ = 0;
 };
 
 }  // namespace paramdelta::io

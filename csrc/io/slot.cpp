@@ -122,7 +122,7 @@ std::size_t Slot::fill(const std::vector<Input>& inputs, std::vector<Target>& ou
   return total;
 }
 
-Merge Slot::job(std::size_t part) {
+Merge Slot::job(std::size_t part, std::size_t variant) {
   const Span& span = work_.spans[parts_[part].span];
   const auto operand = [&](std::size_t k) {
     return Operand{where_[k * parts_.size() + part], work_.operand(span, static_cast<int>(k)).dtype};
@@ -130,8 +130,8 @@ Merge Slot::job(std::size_t part) {
   terms_.clear();
   for (int k = 0; k < span.n_terms; ++k) {
     const auto post = static_cast<std::size_t>(1 + 2 * k);
-    terms_.push_back(
-        {operand(post), operand(post + 1), work_.terms[static_cast<std::size_t>(span.first_term + k)].alpha});
+    const double alpha = work_.alpha(static_cast<std::size_t>(span.first_term + k), variant);
+    terms_.push_back({operand(post), operand(post + 1), alpha});
   }
   return {operand(0),
           terms_.data(),
@@ -141,8 +141,15 @@ Merge Slot::job(std::size_t part) {
           static_cast<std::size_t>(parts_[part].count)};
 }
 
-std::size_t Slot::drain(std::vector<Target>& outputs, Checksums& checksums) const {
-  const std::int32_t file = work_.spans[parts_.front().span].out_file;
+// What a copy reads from the literals of the first variant, from those of another.
+void Slot::copy_own(const std::vector<Input>& inputs, std::size_t part, std::size_t variant) {
+  const Location at = work_.operand(work_.spans[parts_[part].span], 0);
+  const std::int64_t first = parts_[part].first * static_cast<std::int64_t>(size_of(at.dtype));
+  inputs[work_.input_for(at.file, variant)].read_at(outs_[part], part_bytes(part), at.offset + first);
+}
+
+std::size_t Slot::drain(std::vector<Target>& outputs, Checksums& checksums, std::size_t variant) const {
+  const std::int32_t file = work_.output_for(work_.spans[parts_.front().span].out_file, variant, outputs.size());
   Target& target = outputs[static_cast<std::size_t>(file)];
   checksums.add(file, out_offset(), out_, out_bytes_);
   if (!target.memory) target.write_at(out_, out_bytes_, out_offset());

@@ -24,19 +24,22 @@ class Slot {
 
   // Lays the load out and reads its operands. Returns the bytes read.
   std::size_t fill(const std::vector<Input>& inputs, std::vector<Target>& outputs);
-  // Calls merge(const Merge&, std::int32_t tensor) for each part that has arithmetic; the others are copied.
+  // Makes the output extent of a variant; they are to come one after the other, from the first. Calls
+  // merge(const Merge&, std::int32_t tensor) for each part that has arithmetic; the others are copied.
   template <class Function>
-  void compute(Function&& merge) {
+  void compute(const std::vector<Input>& inputs, std::size_t variant, Function&& merge) {
     for (std::size_t i = 0; i < parts_.size(); ++i) {
       const Span& span = work_.spans[parts_[i].span];
       if (!Work::is_copy(span))
-        merge(job(i), span.tensor);
-      else if (where_[i] != outs_[i])
+        merge(job(i, variant), span.tensor);
+      else if (variant == 0 && where_[i] != outs_[i])
         std::memcpy(outs_[i], where_[i], part_bytes(i));
+      else if (variant != 0 && work_.is_own(span.new_file))
+        copy_own(inputs, i, variant);
     }
   }
-  // Writes the output extent, and has it summed. Returns its bytes.
-  std::size_t drain(std::vector<Target>& outputs, Checksums& checksums) const;
+  // Writes the output extent as it is at the time to a variant's file, and has it summed. Returns its bytes.
+  std::size_t drain(std::vector<Target>& outputs, Checksums& checksums, std::size_t variant) const;
 
  private:
   struct Read {
@@ -51,7 +54,8 @@ class Slot {
   void read_into(std::byte* to, const Location& from, std::size_t bytes);
   std::int64_t out_offset() const;
   std::size_t part_bytes(std::size_t part) const;  // of output
-  Merge job(std::size_t part);
+  Merge job(std::size_t part, std::size_t variant);
+  void copy_own(const std::vector<Input>& inputs, std::size_t part, std::size_t variant);
 
   const Work& work_;
   std::byte* const memory_;

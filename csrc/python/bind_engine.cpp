@@ -16,15 +16,29 @@ namespace py = pybind11;
 namespace paramdelta {
 namespace {
 
+// Rows that are followed by `more` numbers each, which go to `numbers`.
 template <class Row>
-std::vector<Row> rows_of(const py::buffer& buffer, const char* what) {
+std::vector<Row> rows_of(const py::buffer& buffer, const char* what, std::size_t more, std::vector<double>& numbers) {
   const py::buffer_info info = buffer.request();
-  if (info.ndim != 1 || info.itemsize != static_cast<py::ssize_t>(sizeof(Row)) || info.strides[0] != info.itemsize)
-    throw std::invalid_argument(std::string(what) + ": expected a contiguous column of " + std::to_string(sizeof(Row)) +
+  const std::size_t pitch = sizeof(Row) + more * sizeof(double);
+  if (info.ndim != 1 || info.itemsize != static_cast<py::ssize_t>(pitch) || info.strides[0] != info.itemsize)
+    throw std::invalid_argument(std::string(what) + ": expected a contiguous column of " + std::to_string(pitch) +
                                 "-byte rows");
   std::vector<Row> rows(static_cast<std::size_t>(info.shape[0]));
-  if (!rows.empty()) std::memcpy(rows.data(), info.ptr, rows.size() * sizeof(Row));
+  numbers.resize(rows.size() * more);
+  const auto* from = static_cast<const std::byte*>(info.ptr);
+  if (more == 0 && !rows.empty()) std::memcpy(rows.data(), from, rows.size() * sizeof(Row));
+  for (std::size_t i = 0; more != 0 && i < rows.size(); ++i) {
+    std::memcpy(&rows[i], from + i * pitch, sizeof(Row));
+    std::memcpy(&numbers[i * more], from + i * pitch + sizeof(Row), more * sizeof(double));
+  }
   return rows;
+}
+
+template <class Row>
+std::vector<Row> rows_of(const py::buffer& buffer, const char* what) {
+  std::vector<double> none;
+  return rows_of<Row>(buffer, what, 0, none);
 }
 
 // The engine and the Python objects whose memory it reads from or writes to.
@@ -90,19 +104,24 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
 }
 
 std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t tensors, std::size_t units,
-                                         const py::list& inputs, const py::list& outputs, int threads,
-                                         std::size_t slot_bytes, const std::optional<std::string>& isa) {
+                                         std::size_t variants, std::int32_t own_input, const py::list& inputs,
+                                         const py::list& outputs, int threads, std::size_t slot_bytes,
+                                         const std::optional<std::string>& isa) {
   auto bound = std::make_unique<BoundEngine>();
   std::vector<std::int64_t> sizes;
   std::vector<io::Input> sources = inputs_of(inputs, *bound);
   std::vector<io::Target> targets = targets_of(outputs, *bound, sizes);
   const auto column = [&](const char* name) { return py::cast<py::buffer>(columns[name]); };
+  if (variants < 1 || variants > 1u << 16) throw std::invalid_argument("variants: expected at least one");
+  const std::size_t more = variants - 1;  // alphas behind the first of each term
   io::Work work;
+  work.variants = variants;
+  work.own_input = own_input;
   work.spans = rows_of<io::Span>(column("spans"), "spans");
-  work.terms = rows_of<io::TermRef>(column("terms"), "terms");
+  work.terms = rows_of<io::TermRef>(column("terms"), "terms", more, work.term_alphas);
   work.tensors = tensors;
   work.regions = rows_of<io::Region>(column("regions"), "regions");
-  work.region_terms = rows_of<io::RegionTerm>(column("region_terms"), "region_terms");
+  work.region_terms = rows_of<io::RegionTerm>(column("region_terms"), "region_terms", more, work.region_alphas);
   work.views = rows_of<io::View>(column("views"), "views");
   work.recipes = rows_of<io::RecipeRow>(column("recipes"), "recipes");
   work.extents = rows_of<io::Extent>(column("extents"), "extents");
@@ -184,7 +203,8 @@ void bind_engine(py::module_& module) {
       py::arg("path"), py::arg("how") = "");
   py::class_<BoundEngine>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("columns"), py::arg("tensors"), py::arg("units"),
-           py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
+           py::arg("variants") = 1, py::arg("own_input") = -1, py::arg("inputs"), py::arg("outputs"),
+           py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
       .def("start", [](BoundEngine& self) { self.engine->start(); })
       .def("stop", [](BoundEngine& self) { self.engine->stop(); })
       .def(

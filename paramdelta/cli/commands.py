@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paramdelta import __version__
-from paramdelta.cli import analysis, deltas, options
+from paramdelta.cli import analysis, deltas, options, sweeps
 
 _EXAMPLES = """
 \b
@@ -134,6 +134,10 @@ def finalize(
     render.print_warnings(report.warnings)
     if not quiet:
         present.merge_report(report)
+
+
+cli.add_command(sweeps.sweep)
+cli.add_command(sweeps.interpolate)
 
 
 @cli.command(short_help="Say what a merge would do; write nothing.", epilog=_PLAN_EXAMPLES)
