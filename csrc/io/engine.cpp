@@ -37,6 +37,7 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
       inputs_(std::move(inputs)),
       outputs_(std::move(outputs)),
       options_(options),
+      stage_(options.stage ? options.stage : std::make_shared<Processor>(options.isa)),
       slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}) {
   if (options_.threads < 1) throw std::invalid_argument("at least one thread is needed");
   if (options_.threads > kMostThreads || options_.slot_bytes > kLargestSlot)
@@ -61,11 +62,20 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
 
 Engine::~Engine() {
   stop();
+  join();
+}
+
+void Engine::join() noexcept {
   for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  if (attached_) stage_->detach();
+  attached_ = false;
 }
 
 void Engine::start() {
   if (!threads_.empty()) throw std::invalid_argument("an engine runs once");
+  attached_ = true;
+  stage_->attach(slab_.get(), options_.threads, options_.slot_bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
   for (int i = 0; i < options_.threads; ++i) {
     threads_.emplace_back(&Engine::run, this, i);
@@ -78,7 +88,7 @@ void Engine::run(int worker) {
     std::byte* memory = slab_.get() + static_cast<std::size_t>(worker) * options_.slot_bytes;
     Slot slot(work_, memory, options_.slot_bytes);
     Rectangle rectangle(work_, memory, options_.slot_bytes);
-    work_through(slot, rectangle);
+    work_through(worker, slot, rectangle);
   } catch (...) {
     stopping_ = true;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -89,34 +99,38 @@ void Engine::run(int worker) {
   done_.notify_all();
 }
 
-void Engine::work_through(Slot& slot, Rectangle& rectangle) {
+void Engine::work_through(int worker, Slot& slot, Rectangle& rectangle) {
   Load load;
   while (!stopping_.load(std::memory_order_relaxed) && cursor_->next(load)) {
     if (load.parts.empty()) {
-      carry(rectangle, load.piece);
+      carry(worker, rectangle, load.piece);
     } else {
       slot.parts().swap(load.parts);
-      carry(slot);
+      carry(worker, slot);
     }
   }
 }
 
-void Engine::carry(Slot& slot) {
+void Engine::carry(int worker, Slot& slot) {
   bytes_read_ += static_cast<std::int64_t>(slot.fill(inputs_, outputs_));
-  slot.compute([this](const Merge& job, std::int32_t tensor) {
-    const Counts counts = cpu::merge(options_.isa, job, cpu::Store::cached);
-    if (counts.nan + counts.inf + counts.overflow == 0) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    results_.counts[static_cast<std::size_t>(tensor)] += counts;
-  });
+  const StageBatch batch = slot.batch();
+  if (batch.n_jobs > 0) {
+    std::vector<Counts> counts(batch.n_jobs);
+    stage_->merge(worker, batch, counts.data());
+    for (std::size_t i = 0; i < batch.n_jobs; ++i) {
+      if (counts[i].nan + counts[i].inf + counts[i].overflow == 0) continue;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      results_.counts[static_cast<std::size_t>(batch.tensors[i])] += counts[i];
+    }
+  }
+  slot.copy();
   bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_, *checksums_));
 }
 
-void Engine::carry(Rectangle& rectangle, const Piece& piece) {
+void Engine::carry(int worker, Rectangle& rectangle, const Piece& piece) {
   bytes_read_ += static_cast<std::int64_t>(rectangle.fill(piece, inputs_));
   const Region& region = rectangle.region();
-  const ScaledResult result = region.measure ? cpu::measure_scaled(options_.isa, rectangle.job())
-                                             : cpu::merge_scaled(options_.isa, rectangle.job());
+  const ScaledResult result = stage_->merge_scaled(worker, rectangle.frame(), rectangle.job(), region.measure != 0);
   bytes_written_ += static_cast<std::int64_t>(rectangle.drain(outputs_, *checksums_));
   const std::lock_guard<std::mutex> lock(mutex_);
   if (region.measure) {
@@ -141,8 +155,7 @@ void Engine::stop() { stopping_ = true; }
 Progress Engine::progress() const { return {bytes_read_.load(), bytes_written_.load()}; }
 
 const Results& Engine::finish() {
-  for (std::thread& thread : threads_) thread.join();
-  threads_.clear();
+  join();
   if (error_) std::rethrow_exception(error_);
   for (Target& output : outputs_) output.file.close();
   results_.checksums.clear();

@@ -343,6 +343,7 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
                    row->zero};
   }
   if (!at.measure) prepare_output(inputs);
+  operands_ = free_;
   terms_.clear();
   for (std::int32_t t = 0; t < at.n_terms; ++t) {
     const RegionTerm& term = work_.region_terms[static_cast<std::size_t>(at.first_term + t)];

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/scaled.hpp"
+#include "core/stage.hpp"
 #include "io/checksums.hpp"
 #include "io/file.hpp"
 #include "io/work.hpp"
@@ -36,6 +36,7 @@ class Rectangle {
   // Reads the operands of a piece. Returns the bytes read.
   std::size_t fill(const Piece& piece, const std::vector<Input>& inputs);
   const ScaledMerge& job() const { return job_; }
+  StageFrame frame() const { return {operands_, static_cast<std::size_t>(free_ - operands_)}; }
   const Region& region() const { return work_.regions[piece_.region]; }
   // Writes codes and scales, and has them summed. Returns their bytes.
   std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums) const;
@@ -58,6 +59,7 @@ class Rectangle {
   const Work& work_;
   std::byte* const memory_;
   const std::size_t bytes_;
+  std::byte* operands_ = nullptr;  // where they begin; they end at free_
   std::byte* free_ = nullptr;
   Piece piece_;
   ScaledMerge job_;

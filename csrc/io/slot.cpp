@@ -3,6 +3,7 @@
 #include "io/slot.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -98,7 +99,7 @@ void Slot::lay_out(const std::vector<Input>& inputs, std::vector<Target>& output
   Target& target = outputs[static_cast<std::size_t>(work_.spans[parts_.front().span].out_file)];
   forbid(memory_, bytes_);
   out_ = target.memory ? target.memory + out_offset() : placed(memory_, target.alignment(), out_offset());
-  free_ = target.memory ? memory_ : out_ + out_bytes_;
+  operands_ = free_ = target.memory ? memory_ : out_ + out_bytes_;
   if (!target.memory && free_ <= memory_ + bytes_) allow(out_, out_bytes_);
   std::byte* out = out_;
   for (std::size_t i = 0; i < parts_.size(); ++i) {
@@ -122,23 +123,43 @@ std::size_t Slot::fill(const std::vector<Input>& inputs, std::vector<Target>& ou
   return total;
 }
 
-Merge Slot::job(std::size_t part) {
+void Slot::add_job(std::size_t part) {
   const Span& span = work_.spans[parts_[part].span];
   const auto operand = [&](std::size_t k) {
     return Operand{where_[k * parts_.size() + part], work_.operand(span, static_cast<int>(k)).dtype};
   };
-  terms_.clear();
+  const Term* const terms = terms_.data() + terms_.size();
   for (int k = 0; k < span.n_terms; ++k) {
     const auto post = static_cast<std::size_t>(1 + 2 * k);
     terms_.push_back(
         {operand(post), operand(post + 1), work_.terms[static_cast<std::size_t>(span.first_term + k)].alpha});
   }
-  return {operand(0),
-          terms_.data(),
-          terms_.size(),
-          outs_[part],
-          static_cast<DType>(span.out_dtype),
-          static_cast<std::size_t>(parts_[part].count)};
+  tensors_.push_back(span.tensor);
+  jobs_.push_back({operand(0), terms, static_cast<std::size_t>(span.n_terms), outs_[part],
+                   static_cast<DType>(span.out_dtype), static_cast<std::size_t>(parts_[part].count)});
+}
+
+StageBatch Slot::batch() {
+  tensors_.clear();
+  jobs_.clear();
+  terms_.clear();
+  std::size_t terms = 0;
+  for (const Part& part : parts_) terms += static_cast<std::size_t>(work_.spans[part.span].n_terms);
+  terms_.reserve(terms);  // jobs point into it
+  for (std::size_t i = 0; i < parts_.size(); ++i)
+    if (!Work::is_copy(work_.spans[parts_[i].span])) add_job(i);
+  return {{operands_, static_cast<std::size_t>(free_ - operands_)},
+          out_,
+          out_bytes_,
+          jobs_.data(),
+          tensors_.data(),
+          jobs_.size()};
+}
+
+void Slot::copy() {
+  for (std::size_t i = 0; i < parts_.size(); ++i)
+    if (Work::is_copy(work_.spans[parts_[i].span]) && where_[i] != outs_[i])
+      std::memcpy(outs_[i], where_[i], part_bytes(i));
 }
 
 std::size_t Slot::drain(std::vector<Target>& outputs, Checksums& checksums) const {

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstddef>
-#include <cstring>
 #include <vector>
 
-#include "core/expression.hpp"
+#include "core/stage.hpp"
 #include "io/checksums.hpp"
 #include "io/cursor.hpp"
 #include "io/file.hpp"
@@ -24,17 +23,10 @@ class Slot {
 
   // Lays the load out and reads its operands. Returns the bytes read.
   std::size_t fill(const std::vector<Input>& inputs, std::vector<Target>& outputs);
-  // Calls merge(const Merge&, std::int32_t tensor) for each part that has arithmetic; the others are copied.
-  template <class Function>
-  void compute(Function&& merge) {
-    for (std::size_t i = 0; i < parts_.size(); ++i) {
-      const Span& span = work_.spans[parts_[i].span];
-      if (!Work::is_copy(span))
-        merge(job(i), span.tensor);
-      else if (where_[i] != outs_[i])
-        std::memcpy(outs_[i], where_[i], part_bytes(i));
-    }
-  }
+  // The parts that have arithmetic; jobs and terms are the slot's, until the next call.
+  StageBatch batch();
+  // Copies the parts that have none.
+  void copy();
   // Writes the output extent, and has it summed. Returns its bytes.
   std::size_t drain(std::vector<Target>& outputs, Checksums& checksums) const;
 
@@ -51,11 +43,12 @@ class Slot {
   void read_into(std::byte* to, const Location& from, std::size_t bytes);
   std::int64_t out_offset() const;
   std::size_t part_bytes(std::size_t part) const;  // of output
-  Merge job(std::size_t part);
+  void add_job(std::size_t part);
 
   const Work& work_;
   std::byte* const memory_;
   const std::size_t bytes_;
+  std::byte* operands_ = nullptr;  // where they begin; they end at free_
   std::byte* free_ = nullptr;
   std::vector<Part> parts_;
   std::vector<Read> reads_;
@@ -63,6 +56,8 @@ class Slot {
   std::vector<std::byte*> outs_;   // output of part i
   std::byte* out_ = nullptr;
   std::size_t out_bytes_ = 0;
+  std::vector<std::int32_t> tensors_;
+  std::vector<Merge> jobs_;
   std::vector<Term> terms_;
 };
 

@@ -3,15 +3,20 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "cpu/merge.hpp"
+#include "io/stage.hpp"
 
 namespace paramdelta {
 
 // The instruction set of that name, or the best one; throws cpu::UnavailableIsa.
 cpu::Isa isa_of(const std::optional<std::string>& name);
+
+// None: none. A capsule of a StageTable, or an object with merge(worker, jobs); throws py::type_error.
+std::shared_ptr<io::Stage> stage_of(const pybind11::object& object, cpu::Isa isa);
 
 void bind_ops(pybind11::module_& module);
 void bind_checksums(pybind11::module_& module);

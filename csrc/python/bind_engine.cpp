@@ -32,6 +32,15 @@ struct BoundEngine {
   std::vector<py::buffer_info> memory;
   std::unique_ptr<io::Engine> engine;
 
+  BoundEngine() = default;
+  // Workers may be waiting for the interpreter, in a stage that is written in Python.
+  ~BoundEngine() {
+    const py::gil_scoped_release unlocked;
+    engine.reset();
+  }
+  BoundEngine(const BoundEngine&) = delete;
+  BoundEngine& operator=(const BoundEngine&) = delete;
+
   const py::buffer_info& bytes_of(const py::handle object, bool writable) {
     memory.push_back(py::cast<py::buffer>(object).request(writable));
     const py::buffer_info& info = memory.back();
@@ -91,7 +100,8 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
 
 std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t tensors, std::size_t units,
                                          const py::list& inputs, const py::list& outputs, int threads,
-                                         std::size_t slot_bytes, const std::optional<std::string>& isa) {
+                                         std::size_t slot_bytes, const std::optional<std::string>& isa,
+                                         const py::object& stage) {
   auto bound = std::make_unique<BoundEngine>();
   std::vector<std::int64_t> sizes;
   std::vector<io::Input> sources = inputs_of(inputs, *bound);
@@ -111,6 +121,7 @@ std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t te
   options.threads = threads;
   options.slot_bytes = slot_bytes;
   options.isa = isa_of(isa);
+  options.stage = stage_of(stage, options.isa);
   bound->engine = std::make_unique<io::Engine>(std::move(work), std::move(sources), std::move(targets), sizes, options);
   return bound;
 }
@@ -154,6 +165,8 @@ void translate(std::exception_ptr error) {
     py::object value = type(e.what());
     value.attr("errno") = e.code() ? py::object(py::int_(e.code())) : py::object(py::none());
     PyErr_SetObject(type.ptr(), value.ptr());
+  } catch (const StageError& e) {
+    PyErr_SetString(py::module_::import("paramdelta.errors").attr("DeviceError").ptr(), e.what());
   }
 }
 
@@ -184,7 +197,8 @@ void bind_engine(py::module_& module) {
       py::arg("path"), py::arg("how") = "");
   py::class_<BoundEngine>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("columns"), py::arg("tensors"), py::arg("units"),
-           py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
+           py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"),
+           py::arg("stage") = py::none())
       .def("start", [](BoundEngine& self) { self.engine->start(); })
       .def("stop", [](BoundEngine& self) { self.engine->stop(); })
       .def(
