@@ -49,13 +49,15 @@ class EngineOptions:
     ``threads``: workers, None for as many as the process may use, or more where they wait for storage. ``memory``:
     bytes for all slots together, None for what the files ask for: 1 MiB a worker, 8 MiB where it waits for storage, and
     no more than an eighth of what is free. ``isa``: ``scalar``, ``avx2`` or ``avx512``; None for the best this machine
-    has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`.
+    has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`. ``stage``: what computes, None for
+    the processor: an object with ``merge(worker, jobs)`` (:mod:`paramdelta.stages`), or the capsule of an extension.
     """
 
     threads: int | None = None
     memory: int | None = None
     isa: str | None = None
     io: str = "auto"
+    stage: Any = None
 
     def __post_init__(self) -> None:
         check_mode(self.io)
@@ -281,6 +283,7 @@ def start(
             threads=threads,
             slot_bytes=slot_bytes,
             isa=options.isa,
+            stage=options.stage,
         )
     except MemoryError:
         slots = f"{threads} slots of {slot_bytes:,} bytes"

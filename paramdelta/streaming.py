@@ -14,6 +14,7 @@ from paramdelta import engine
 from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
+from paramdelta.stages import Kernel, KernelStage
 
 if TYPE_CHECKING:
     from paramdelta.plan import Plan
@@ -34,6 +35,7 @@ def stream(
     isa: str | None = None,
     io: str = "auto",
     batch_bytes: int = BATCH_BYTES,
+    kernel: Kernel | None = None,
     **policies: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Yield ``(name, new_base + alpha · (post − base))`` for every tensor, in the order of the output's files.
@@ -46,6 +48,8 @@ def stream(
     post, base, new_base : checkpoint folders; lists of post and base for several deltas
     framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch CPU tensors
     threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`
+    kernel : other arithmetic than a merge's, called for every piece of a tensor whose parts lie in a slot
+        (:mod:`paramdelta.stages`); copies, and quantised weights, come as ever
     **policies : as in :func:`paramdelta.merge`, except ``overwrite``
 
     Raises
@@ -58,7 +62,8 @@ def stream(
     if framework not in ("np", "pt"):
         raise OperandError(f"framework: expected 'np' or 'pt', got {framework!r}")
     request = make_request(post=post, base=base, new_base=new_base, out=None, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    stage = None if kernel is None else KernelStage(kernel)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, stage=stage)
     return _batches(prepare(request), framework, options, batch_bytes)
 
 

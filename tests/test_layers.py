@@ -35,7 +35,7 @@ LAYERS = [
     ("checkpoint",),
     ("ops", "scaled"),
     ("tensors",),
-    ("storage",),
+    ("storage", "stages"),
     ("backends",),
     ("reference_scaled",),
     ("reference_codes",),
