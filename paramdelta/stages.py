@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 class Job(NamedTuple):
-    """``elements`` consecutive elements of an output tensor: ``out`` is to be filled from ``new_base`` and the ``terms``,
+    """``elements`` consecutive elements of an output tensor: ``out`` is to be made of ``new_base`` and the ``terms``,
     each (post, base, alpha). ``tensor`` is the tensor's number in the plan."""
 
     tensor: int
