@@ -25,8 +25,8 @@ struct Device {
   std::string name;
   int major = 0, minor = 0;
   int processors = 0;
-  std::size_t memory = 0;      // bytes
-  int single_to_double = 0;    // how many times slower binary64 arithmetic is
+  std::size_t memory = 0;        // bytes
+  int single_to_double = 0;      // how many times slower binary64 arithmetic is
   std::size_t shared_bytes = 0;  // that a block may have
 };
 

@@ -1,0 +1,56 @@
+// The CUDA device as a stage of the streaming engine: slots are page-locked, each worker has device memory of a slot's
+// size and a stream, and carries its load to the device, through the kernels, and back. While one worker waits for its
+// stream, others read, write, or have copies under way in either direction: the depth of the pipeline is the number of
+// workers, and its memory, on both sides, workers × slot size.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/stage.hpp"
+#include "cuda/memory.hpp"
+#include "cuda/merge.hpp"
+
+namespace paramdelta::cuda {
+
+class PinnedStage {
+ public:
+  explicit PinnedStage(int device);
+
+  // The functions of core/stage.hpp on this object, which must outlive every engine that is given it.
+  StageTable table();
+
+  void attach(std::byte* slab, int workers, std::size_t slot_bytes);
+  void detach() noexcept;
+  void merge(int worker, const StageBatch& batch, Counts* counts);
+  const std::string& error_of(int worker) const;
+  void set_error(int worker, std::string text);
+
+ private:
+  // What one worker has on the device.
+  struct Lane {
+    void make_room(int device, std::size_t jobs);
+
+    const std::byte* slot = nullptr;
+    // Released last: copies to it may still be under way where a load failed, and releasing device memory waits for
+    // them.
+    std::vector<Counts> counted;
+    PinnedMemory counted_pinned;
+    DeviceMemory counts;
+    DeviceMemory memory;
+    Queue queue;
+    std::string error;
+  };
+  // Where in a lane's memory the byte of its slot lies.
+  struct Mapping;
+
+  const int device_;
+  std::size_t slot_bytes_ = 0;
+  PinnedMemory pinned_;
+  std::vector<Lane> lanes_;
+  std::string error_;
+};
+
+}  // namespace paramdelta::cuda
