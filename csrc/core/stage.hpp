@@ -18,7 +18,7 @@ struct StageFrame {
 };
 
 // A load of spans: jobs whose outputs lie in one extent, in the order of their addresses. Between them may lie bytes of
-// tensors that are copied: the engine writes them when the stage has returned.
+// tensors that are copied: they are to be left alone.
 struct StageBatch {
   StageFrame frame;
   void* out = nullptr;
@@ -36,9 +36,12 @@ struct StageTable {
 
   std::uint32_t version = kVersion;
   void* self = nullptr;
-  // Before the workers start: all slots are cut from `slab`, `workers` pieces of `slot_bytes`.
+  // Before anything else: page-aligned memory for `workers` slots of `slot_bytes`, the stage's own, until detach().
+  // Where this is null, or gives null, the engine takes memory of its own.
+  int (*memory)(void* self, int workers, std::size_t slot_bytes, void** slab) = nullptr;
+  // Before the workers start: all slots are cut from `slab`.
   int (*attach)(void* self, void* slab, int workers, std::size_t slot_bytes) = nullptr;
-  // When they have ended, whether or not attach() succeeded, before the slab goes away.
+  // When they have ended, also where one of the above failed.
   void (*detach)(void* self) = nullptr;
   // `counts`: one for each job, zeros at first.
   int (*merge)(void* self, int worker, const StageBatch* batch, Counts* counts) = nullptr;
@@ -46,7 +49,7 @@ struct StageTable {
   bool (*takes)(void* self, const ScaledMerge* job) = nullptr;
   int (*merge_scaled)(void* self, int worker, const StageFrame* frame, const ScaledMerge* job, bool measure,
                       ScaledResult* result) = nullptr;
-  // What failed last in this worker (−1: in attach); valid until the worker's next call.
+  // What failed last in this worker (−1: in memory or attach); valid until the worker's next call.
   const char* (*error)(void* self, int worker) = nullptr;
 };
 

@@ -1,5 +1,8 @@
+#include <sys/mman.h>
+
 #include <exception>
 #include <map>
+#include <new>
 #include <stdexcept>
 #include <tuple>
 
@@ -84,12 +87,28 @@ void PinnedStage::Lane::make_room(int device, std::size_t jobs) {
   counts = DeviceMemory(device, counted.size() * sizeof(Counts));
 }
 
-PinnedStage::PinnedStage(int device) : device_(device) {}
+void PinnedStage::Unmapper::operator()(std::byte* memory) const { ::munmap(memory, bytes); }
+
+PinnedStage::PinnedStage(int device) : device_(device), slab_(nullptr, Unmapper{0}) {}
+
+std::byte* PinnedStage::memory(int workers, std::size_t slot_bytes) {
+  if (in_use_) throw std::logic_error("this stage serves another engine");
+  if (slab_ && workers_ == workers && slot_bytes_ == slot_bytes) return slab_.get();
+  lanes_.clear();
+  pinned_ = PinnedMemory();
+  const std::size_t bytes = slot_bytes * static_cast<std::size_t>(workers);
+  void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  slab_ = {static_cast<std::byte*>(memory), Unmapper{bytes}};
+  workers_ = workers;
+  slot_bytes_ = slot_bytes;
+  pinned_ = PinnedMemory(device_, memory, bytes);
+  return slab_.get();
+}
 
 void PinnedStage::attach(std::byte* slab, int workers, std::size_t slot_bytes) {
-  detach();
-  slot_bytes_ = slot_bytes;
-  pinned_ = PinnedMemory(device_, slab, slot_bytes * static_cast<std::size_t>(workers));
+  in_use_ = true;
+  if (!lanes_.empty()) return;
   for (int i = 0; i < workers; ++i) {
     Lane lane;
     lane.slot = slab + static_cast<std::size_t>(i) * slot_bytes;
@@ -99,10 +118,7 @@ void PinnedStage::attach(std::byte* slab, int workers, std::size_t slot_bytes) {
   }
 }
 
-void PinnedStage::detach() noexcept {
-  lanes_.clear();
-  pinned_ = PinnedMemory();
-}
+void PinnedStage::detach() noexcept { in_use_ = false; }
 
 void PinnedStage::merge(int worker, const StageBatch& batch, Counts* counts) {
   Lane& lane = lanes_.at(static_cast<std::size_t>(worker));
@@ -155,6 +171,9 @@ void PinnedStage::set_error(int worker, std::string text) {
 StageTable PinnedStage::table() {
   StageTable table;
   table.self = this;
+  table.memory = [](void* self, int workers, std::size_t slot_bytes, void** slab) {
+    return guarded(self, -1, [&](PinnedStage& s) { *slab = s.memory(workers, slot_bytes); });
+  };
   table.attach = [](void* self, void* slab, int workers, std::size_t slot_bytes) {
     return guarded(self, -1, [&](PinnedStage& s) { s.attach(static_cast<std::byte*>(slab), workers, slot_bytes); });
   };

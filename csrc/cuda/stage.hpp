@@ -22,6 +22,7 @@ class PinnedStage {
   // The functions of core/stage.hpp on this object, which must outlive every engine that is given it.
   StageTable table();
 
+  std::byte* memory(int workers, std::size_t slot_bytes);
   void attach(std::byte* slab, int workers, std::size_t slot_bytes);
   void detach() noexcept;
   void merge(int worker, const StageBatch& batch, Counts* counts);
@@ -29,6 +30,10 @@ class PinnedStage {
   void set_error(int worker, std::string text);
 
  private:
+  struct Unmapper {
+    std::size_t bytes;
+    void operator()(std::byte* memory) const;
+  };
   // What one worker has on the device.
   struct Lane {
     void make_room(int device, std::size_t jobs);
@@ -47,7 +52,11 @@ class PinnedStage {
   struct Mapping;
 
   const int device_;
+  bool in_use_ = false;
+  int workers_ = 0;
   std::size_t slot_bytes_ = 0;
+  // Both kept from one run to the next: locking pages takes as long as copying them.
+  std::unique_ptr<std::byte, Unmapper> slab_;
   PinnedMemory pinned_;
   std::vector<Lane> lanes_;
   std::string error_;

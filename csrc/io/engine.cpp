@@ -38,7 +38,7 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
       outputs_(std::move(outputs)),
       options_(options),
       stage_(options.stage ? options.stage : std::make_shared<Processor>(options.isa)),
-      slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}) {
+      own_slab_(nullptr, Unmapper{options.slot_bytes * static_cast<std::size_t>(options.threads)}) {
   if (options_.threads < 1) throw std::invalid_argument("at least one thread is needed");
   if (options_.threads > kMostThreads || options_.slot_bytes > kLargestSlot)
     throw std::invalid_argument("more threads, or larger slots, than any machine has");
@@ -57,7 +57,15 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
   if (capacity < 4096 * static_cast<std::size_t>(work_.max_operands()))
     throw std::invalid_argument("slots of " + std::to_string(options_.slot_bytes) + " bytes are too small");
   cursor_.emplace(work_, capacity, options_.slot_bytes);
-  slab_.reset(map_slab(slab_.get_deleter().bytes));
+  attached_ = true;
+  try {
+    slab_ = stage_->memory(options_.threads, options_.slot_bytes);
+    if (slab_ == nullptr) own_slab_.reset(slab_ = map_slab(own_slab_.get_deleter().bytes));
+    stage_->attach(slab_, options_.threads, options_.slot_bytes);
+  } catch (...) {
+    stage_->detach();
+    throw;
+  }
 }
 
 Engine::~Engine() {
@@ -74,8 +82,6 @@ void Engine::join() noexcept {
 
 void Engine::start() {
   if (!threads_.empty()) throw std::invalid_argument("an engine runs once");
-  attached_ = true;
-  stage_->attach(slab_.get(), options_.threads, options_.slot_bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
   for (int i = 0; i < options_.threads; ++i) {
     threads_.emplace_back(&Engine::run, this, i);
@@ -85,7 +91,7 @@ void Engine::start() {
 
 void Engine::run(int worker) {
   try {
-    std::byte* memory = slab_.get() + static_cast<std::size_t>(worker) * options_.slot_bytes;
+    std::byte* memory = slab_ + static_cast<std::size_t>(worker) * options_.slot_bytes;
     Slot slot(work_, memory, options_.slot_bytes);
     Rectangle rectangle(work_, memory, options_.slot_bytes);
     work_through(worker, slot, rectangle);

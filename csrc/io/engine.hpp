@@ -90,7 +90,8 @@ class Engine {
   bool attached_ = false;
   std::optional<Checksums> checksums_;
   std::optional<Cursor> cursor_;
-  std::unique_ptr<std::byte, Unmapper> slab_;
+  std::unique_ptr<std::byte, Unmapper> own_slab_;
+  std::byte* slab_ = nullptr;  // own_slab_, or the stage's
   std::vector<std::thread> threads_;
   std::atomic<bool> stopping_{false};
   std::atomic<std::int64_t> bytes_read_{0};

@@ -31,6 +31,12 @@ void Device::check(int code, int worker) const {
   throw StageError(text ? text : "the device failed with code " + std::to_string(code));
 }
 
+std::byte* Device::memory(int workers, std::size_t slot_bytes) {
+  void* slab = nullptr;
+  if (table_.memory) check(table_.memory(table_.self, workers, slot_bytes, &slab), -1);
+  return static_cast<std::byte*>(slab);
+}
+
 void Device::attach(std::byte* slab, int workers, std::size_t slot_bytes) {
   if (table_.attach) check(table_.attach(table_.self, slab, workers, slot_bytes), -1);
 }

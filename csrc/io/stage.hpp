@@ -11,6 +11,8 @@ namespace paramdelta::io {
 class Stage {
  public:
   virtual ~Stage() = default;
+  // Memory for the slots, null: the engine takes its own.
+  virtual std::byte* memory(int /*workers*/, std::size_t /*slot_bytes*/) { return nullptr; }
   virtual void attach(std::byte* /*slab*/, int /*workers*/, std::size_t /*slot_bytes*/) {}
   virtual void detach() noexcept {}
   virtual void merge(int worker, const StageBatch& batch, Counts* counts) = 0;
@@ -32,6 +34,7 @@ class Processor : public Stage {
 class Device : public Stage {
  public:
   Device(const StageTable& table, cpu::Isa isa);
+  std::byte* memory(int workers, std::size_t slot_bytes) override;
   void attach(std::byte* slab, int workers, std::size_t slot_bytes) override;
   void detach() noexcept override;
   void merge(int worker, const StageBatch& batch, Counts* counts) override;
