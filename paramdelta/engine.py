@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,18 +50,22 @@ class EngineOptions:
     ``threads``: workers, None for as many as the process may use, or more where they wait for storage. ``memory``:
     bytes for all slots together, None for what the files ask for: 1 MiB a worker, 8 MiB where it waits for storage, and
     no more than an eighth of what is free. ``isa``: ``scalar``, ``avx2`` or ``avx512``; None for the best this machine
-    has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`. ``stage``: what computes, None for
-    the processor: an object with ``merge(worker, jobs)`` (:mod:`paramdelta.stages`), or the capsule of an extension.
+    has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`. ``device``: ``cpu``, ``cuda``,
+    ``cuda:N``, or ``auto`` (:mod:`paramdelta.devices`). ``stage``: what computes, None for that of ``device``: an object
+    with ``merge(worker, jobs)`` (:mod:`paramdelta.stages`), or the capsule of an extension.
     """
 
     threads: int | None = None
     memory: int | None = None
     isa: str | None = None
     io: str = "auto"
+    device: str = "cpu"
     stage: Any = None
 
     def __post_init__(self) -> None:
         check_mode(self.io)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise OperandError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.threads is not None and self.threads < 1:
             raise OperandError(f"threads: expected at least 1, got {self.threads}")
         if self.memory is not None and self.memory < SMALLEST_SLOT:
@@ -71,9 +76,10 @@ class EngineOptions:
         rows of a quantised matrix's units take more."""
         from paramdelta.backends.threads import default_threads
 
-        threads = self.threads or max(default_threads(), WAITING_THREADS if paths.wait else 1)
+        waits = paths.wait or (self.stage is not None and self.device != "cpu")  # for storage, or for a device
+        threads = self.threads or max(default_threads(), WAITING_THREADS if waits else 1)
         if self.memory is None:
-            slot = max(WAITING_SLOT if paths.wait else SLOT_BYTES, min(_unit_bytes(work), LARGEST_SLOT))
+            slot = max(WAITING_SLOT if waits else SLOT_BYTES, min(_unit_bytes(work), LARGEST_SLOT))
             slot = max(min(slot, memory_limit() // threads), SMALLEST_SLOT)
             return threads, slot // 4096 * 4096
         threads = max(1, min(threads, self.memory // SMALLEST_SLOT))

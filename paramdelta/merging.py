@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramdelta import checksums as sums
-from paramdelta import engine, resuming
+from paramdelta import devices, engine, resuming
 from paramdelta.errors import Complaint, InputError, NonFiniteError, PrecisionError, StorageError, shown
 from paramdelta.publish import Staging, write_files
 from paramdelta.report import MergeReport, NonFinite, Quantised
@@ -38,6 +38,7 @@ def merge(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     restart: bool = False,
     checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -54,7 +55,7 @@ def merge(
         ``post`` and ``base`` are lists of the same length; they are added in this order, and all but the weights
         (tokenizer, config, chat template) is as with the first alone
     out : the folder to write; must not exist unless ``overwrite``
-    threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
+    threads, memory, isa, io, device : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
     restart : discard what an earlier run, cut short, has left of a merge to ``out``; by default the same merge is
         continued, and another refused
     checksums : record the CRC-32 of every tensor in ``paramdelta.json``, by which :func:`paramdelta.verify` checks the
@@ -88,7 +89,7 @@ def merge(
     from paramdelta.plan import make_request
 
     request = make_request(post=post, base=base, new_base=new_base, out=out, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     return run_merge(prepare(request), options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
 
@@ -127,6 +128,7 @@ def run_merge(
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
     if not checksums:
         plan = plan.without_checksums()
+    options, choice = devices.resolved(options, plan.work)
     with Staging(request.out) as staging:
         if staging.put_back and not request.overwrite:
             raise StorageError(_PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
@@ -135,10 +137,18 @@ def run_merge(
             result, resumed = resuming.carry_out(
                 plan, staging, options=options, restart=restart, on_progress=on_progress
             )
-        return conclude(plan, staging, result, resumed=resumed, started=started)
+        return conclude(plan, staging, result, resumed=resumed, started=started, choice=choice)
 
 
-def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed: int, started: float) -> MergeReport:
+def conclude(
+    plan: Plan,
+    staging: Staging,
+    result: engine.RunResult,
+    *,
+    resumed: int,
+    started: float,
+    choice: devices.Choice = devices.PROCESSOR,
+) -> MergeReport:
     """Write the small files of a folder whose weights are done, and publish it where the result allows it."""
     request = plan.request
     assert request.out is not None
@@ -167,6 +177,8 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
         quantised=quantised,
         resumed_bytes=resumed,
         io=result.paths.summary() if result.paths is not None else {},
+        device=choice.device,
+        device_why=choice.why,
     )
     if nonfinite and not request.allow_nonfinite:
         raise NonFiniteError(_nonfinite_text(nonfinite), report)

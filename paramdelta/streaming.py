@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from paramdelta import engine
+from paramdelta import devices, engine
 from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
@@ -34,6 +34,7 @@ def stream(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "cpu",
     batch_bytes: int = BATCH_BYTES,
     kernel: Kernel | None = None,
     **policies: Any,
@@ -47,7 +48,7 @@ def stream(
     ----------
     post, base, new_base : checkpoint folders; lists of post and base for several deltas
     framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch CPU tensors
-    threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`
+    threads, memory, isa, io, device : see :class:`paramdelta.engine.EngineOptions`
     kernel : other arithmetic than a merge's, called for every piece of a tensor whose parts lie in a slot
         (:mod:`paramdelta.stages`); copies, and quantised weights, come as ever
     **policies : as in :func:`paramdelta.merge`, except ``overwrite``
@@ -63,8 +64,9 @@ def stream(
         raise OperandError(f"framework: expected 'np' or 'pt', got {framework!r}")
     request = make_request(post=post, base=base, new_base=new_base, out=None, **policies)
     stage = None if kernel is None else KernelStage(kernel)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, stage=stage)
-    return _batches(prepare(request), framework, options, batch_bytes)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device, stage=stage)
+    plan = prepare(request)
+    return _batches(plan, framework, devices.resolved(options, plan.work)[0], batch_bytes)
 
 
 def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:

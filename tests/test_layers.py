@@ -29,7 +29,7 @@ LAYERS = [
     ("journal",),
     ("forecast",),
     ("shares",),
-    ("segments", "publish", "report", "checksums"),
+    ("segments", "publish", "report", "checksums", "devices"),
     ("engine",),
     ("plan",),
     ("checkpoint",),
