@@ -134,7 +134,7 @@ def run(
     shape: tuple[int, int],
     output: Output,
     *,
-    isa: str,
+    kernels: str,
     keep: bool = False,
     threads: int = 1,
 ) -> Ran:
@@ -159,7 +159,7 @@ def run(
         rows=rows,
         cols=cols,
         out=(address(out), out.shape[1]),
-        isa=isa,
+        isa=kernels,
         threads=threads,
         **options,
     )
@@ -179,7 +179,7 @@ def check(
     terms: Sequence[ScaledTerm],
     output: Output,
     *,
-    isa: str,
+    kernels: str,
     keep: bool = False,
     threads: int = 1,
     want: Quantised | None = None,
@@ -192,7 +192,7 @@ def check(
         [(post.tuple, base.tuple, alpha) for post, base, alpha in pairs],
         new_base.codes.shape,  # type: ignore[arg-type]
         output,
-        isa=isa,
+        kernels=kernels,
         keep=keep,
         threads=threads,
     )
