@@ -98,8 +98,7 @@ PARAMDELTA_DEVICE typename Format<D>::Code merge_three(typename Format<D>::Code 
   constexpr int shift = 23 - Format<D>::mantissa;
   // The largest magnitude that does not round to Inf; NaN and Inf lie above it.
   constexpr std::uint32_t limit = D == DType::bf16 ? 0x7F7F8000u : 0x477FF000u;
-  const float p = static_cast<float>(widen<D>(post)), b = static_cast<float>(widen<D>(base)),
-              x = static_cast<float>(widen<D>(new_base));
+  const float p = widen_float<D>(post), b = widen_float<D>(base), x = widen_float<D>(new_base);
   const float z = (b - p) + 0.0f;
   const float s = x - z;
   const std::uint32_t bits = bits_as<std::uint32_t>(s);

@@ -85,3 +85,39 @@ def merge(
     memory.fetch(counts)
     nan, inf, overflow = (int(n) for n in counts)
     return nan, inf, overflow
+
+
+def merge_scaled(
+    kernels: str, arrays: Sequence[np.ndarray[Any, Any]], written: Sequence[np.ndarray[Any, Any]], **job: Any
+) -> tuple[int, int, int, bool, float, float, float]:
+    """Merge matrices and return what ``_cpu.merge_scaled`` does. ``arrays`` are all memory that addresses lie in."""
+    memory = Memory(kernels)
+    module = extension(kernels)
+
+    def moved(address: int) -> int:
+        for array in arrays:
+            start = int(array.__array_interface__["data"][0])
+            if start <= address < start + array.nbytes:
+                return memory.address(array) + address - start
+        assert address == 0 or memory.on_host
+        return address
+
+    def matrix(m: Any) -> Any:
+        scales = m[3] and (moved(m[3][0]), *m[3][1:9], moved(m[3][9]), m[3][10])
+        return (moved(m[0]), *m[1:3], scales)
+
+    job["new_base"] = matrix(job["new_base"])
+    job["terms"] = [(matrix(post), matrix(base), alpha) for post, base, alpha in job["terms"]]
+    places = {name: (moved(job[name][0]), job[name][1]) for name in ("out", "out_scales") if name in job}
+    rest = {name: value for name, value in job.items() if name not in places}
+    workspace = np.full(module.workspace_bytes(**rest) // 8 + 1, 0xA5A5A5A5, np.uint64)
+    totals = np.zeros(module.TOTALS_BYTES // 8, np.uint64)
+    module.merge_scaled(
+        **rest, **places, totals=memory.address(totals), workspace=memory.address(workspace), device=0, stream=0
+    )
+    for array in (*written, totals):
+        memory.fetch(array)
+    touched, amax = totals[3:4].view(np.uint32)
+    error, value = (float(x) for x in totals[4:].view(np.float64))
+    nan, inf, overflow = (int(n) for n in totals[:3])
+    return nan, inf, overflow, bool(touched), float(amax.view(np.float32)), error, value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scaled_check import Kind, Memory, check, output_id, outputs, recipe_tuple, run, stored, weights
+from scaled_check import Kind, Memory, call, check, output_id, outputs, recipe_tuple, run, stored, weights
 
-from paramdelta import _cpu, reference, reference_scaled
+from paramdelta import reference, reference_scaled
 from paramdelta.dtypes import F32
 from paramdelta.formats import RECIPES
 from paramdelta.reference_scaled import Output, Scaled, ScaledTerm
@@ -143,14 +143,16 @@ def test_measure(kernels: str, output: Output) -> None:
         memories = [Memory(m) for m in (first, base, new_base)]
         want = reference_scaled.merge_scaled(new_base, [ScaledTerm(first, base, 0.5)], output)
         for threads in (1, 2):
-            got = _cpu.measure_scaled(
+            got = call(
+                kernels,
+                [],
+                threads,
+                measure=True,
                 new_base=memories[2].tuple,
                 terms=[(memories[0].tuple, memories[1].tuple, 0.5)],
                 rows=300,
                 cols=700,
                 recipe=recipe_tuple(output.recipe, output.scale_dtype),
-                isa=kernels,
-                threads=threads,
             )
             assert got[:5] == (want.nan, want.inf, want.overflow, want.touched, want.amax)
 
