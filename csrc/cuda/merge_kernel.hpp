@@ -104,8 +104,7 @@ PARAMDELTA_DEVICE typename Format<D>::Code merge_three(typename Format<D>::Code 
   constexpr int shift = 23 - Format<D>::mantissa;
   // The largest magnitude that does not round to Inf; NaN and Inf lie above it.
   constexpr std::uint32_t limit = D == DType::bf16 ? 0x7F7F8000u : 0x477FF000u;
-  const float p = static_cast<float>(widen<D>(post)), b = static_cast<float>(widen<D>(base)),
-              x = static_cast<float>(widen<D>(new_base));
+  const float p = widen_float<D>(post), b = widen_float<D>(base), x = widen_float<D>(new_base);
   const float z = (b - p) + 0.0f;
   const float s = x - z;
   const std::uint32_t bits = bits_as<std::uint32_t>(s);
@@ -147,6 +146,28 @@ PARAMDELTA_DEVICE void load_vector(const void* data, std::uint64_t i, int n, typ
     to[k] = data != nullptr && k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
 }
 
+// Of several arrays: where all of them allow the widest reads, these follow each other without a branch between them,
+// and all are under way at once.
+template <DType D, int kVector, int kArrays>
+PARAMDELTA_DEVICE void load_vectors(const void* const (&data)[kArrays], std::uint64_t i, int n,
+                                    typename Format<D>::Code (&to)[kArrays][kVector]) {
+  using Code = typename Format<D>::Code;
+  static_assert(kVector * sizeof(Code) == 16, "one read each");
+  bool whole = n == kVector;
+  PARAMDELTA_UNROLL
+  for (int a = 0; a < kArrays; ++a) whole = whole && data[a] != nullptr && is_aligned(data[a], 16);
+  if (whole) {
+    Sixteen bytes[kArrays];
+    PARAMDELTA_UNROLL
+    for (int a = 0; a < kArrays; ++a) bytes[a] = load_sixteen(static_cast<const unsigned char*>(data[a]) + i * sizeof(Code));
+    PARAMDELTA_UNROLL
+    for (int a = 0; a < kArrays; ++a) std::memcpy(to[a], &bytes[a], 16);
+  } else {
+    PARAMDELTA_UNROLL
+    for (int a = 0; a < kArrays; ++a) load_vector<D, kVector>(data[a], i, n, to[a]);
+  }
+}
+
 // Writes `n` codes, but merges those literally that have a bit in `special`.
 template <DType D, int kVector>
 PARAMDELTA_DEVICE void store_vector(const typename Format<D>::Code* from, const TensorView& view, std::uint64_t i,
@@ -169,15 +190,14 @@ struct ThreeWay {
 
   PARAMDELTA_DEVICE static void merge(const TensorView& view, std::uint64_t i, int n) {
     using Code = typename Format<D>::Code;
-    alignas(16) Code post[kVector], base[kVector], out[kVector];
-    load_vector<D, kVector>(view.post(0).data, i, n, post);
-    load_vector<D, kVector>(view.base(0).data, i, n, base);
-    load_vector<D, kVector>(view.new_base().data, i, n, out);
+    alignas(16) Code in[3][kVector], out[kVector];
+    const void* const from[3] = {view.post(0).data, view.base(0).data, view.new_base().data};
+    load_vectors<D, kVector, 3>(from, i, n, in);
     std::uint32_t special = 0;
     PARAMDELTA_UNROLL
     for (int k = 0; k < kVector; ++k) {
       bool ordinary;
-      out[k] = merge_three<D>(post[k], base[k], out[k], ordinary);
+      out[k] = merge_three<D>(in[0][k], in[1][k], in[2][k], ordinary);
       special |= ordinary ? 0u : 1u << k;
     }
     store_vector<D, kVector>(out, view, i, n, special);
@@ -214,17 +234,16 @@ struct Uniform {
 
   PARAMDELTA_DEVICE static void merge(const TensorView& view, std::uint64_t i, int n) {
     using Code = typename Format<D>::Code;
-    alignas(16) Code out[kVector], post[kVector], base[kVector];
+    alignas(16) Code first[1][kVector], pair[2][kVector];
     double acc[kVector];
-    load_vector<D, kVector>(view.new_base().data, i, n, out);
+    load_vectors<D, kVector, 1>({view.new_base().data}, i, n, first);
     PARAMDELTA_UNROLL
-    for (int k = 0; k < kVector; ++k) acc[k] = widen<D>(out[k]);
+    for (int k = 0; k < kVector; ++k) acc[k] = widen<D>(first[0][k]);
     for (std::uint32_t t = 0; t < view.batch.n_terms; ++t) {
-      load_vector<D, kVector>(view.post(t).data, i, n, post);
-      load_vector<D, kVector>(view.base(t).data, i, n, base);
+      load_vectors<D, kVector, 2>({view.post(t).data, view.base(t).data}, i, n, pair);
       const double alpha = view.alpha(t);
       PARAMDELTA_UNROLL
-      for (int k = 0; k < kVector; ++k) add_term(acc[k], alpha, widen<D>(post[k]), widen<D>(base[k]));
+      for (int k = 0; k < kVector; ++k) add_term(acc[k], alpha, widen<D>(pair[0][k]), widen<D>(pair[1][k]));
     }
     store_values_as<D, kVector>(acc, view, i, n);
   }

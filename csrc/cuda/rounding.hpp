@@ -7,26 +7,32 @@
 
 namespace paramdelta::cuda {
 
-// What a code stands for. Multiplying by a power of two puts the exponent right, exactly, subnormals included; Inf and
-// NaN, which would come out finite, come out NaN, so that whoever looks takes the literal way.
+// What a code of a type shorter than binary32 stands for. Multiplying by a power of two puts the exponent right, exactly,
+// subnormals included; Inf and NaN, which would come out finite, come out NaN (of bf16, as they are), so that whoever
+// looks takes the literal way.
 template <DType D>
-PARAMDELTA_DEVICE double widen(typename Format<D>::Code code) {
+PARAMDELTA_DEVICE float widen_float(typename Format<D>::Code code) {
   using F = Format<D>;
-  if constexpr (D == DType::f64) {
-    return bits_as<double>(code);
-  } else if constexpr (D == DType::f32) {
-    return static_cast<double>(bits_as<float>(code));
-  } else if constexpr (D == DType::bf16) {
-    return static_cast<double>(bits_as<float>(static_cast<std::uint32_t>(code) << 16));
+  if constexpr (D == DType::bf16) {
+    return bits_as<float>(static_cast<std::uint32_t>(code) << 16);
   } else {
     const std::uint32_t bits = code;
     const std::uint32_t magnitude = bits & static_cast<std::uint32_t>(F::sign - 1);
     const std::uint32_t sign = (bits & static_cast<std::uint32_t>(F::sign)) << (32 - F::width);
     constexpr std::uint32_t power = static_cast<std::uint32_t>(127 + 127 - F::bias) << 23;
     const float value = bits_as<float>(sign | (magnitude << (23 - F::mantissa))) * bits_as<float>(power);
-    const bool finite = magnitude <= static_cast<std::uint32_t>(F::largest);
-    return static_cast<double>(finite ? value : bits_as<float>(0x7FC00000u));
+    return magnitude <= static_cast<std::uint32_t>(F::largest) ? value : bits_as<float>(0x7FC00000u);
   }
+}
+
+template <DType D>
+PARAMDELTA_DEVICE double widen(typename Format<D>::Code code) {
+  if constexpr (D == DType::f64)
+    return bits_as<double>(code);
+  else if constexpr (D == DType::f32)
+    return static_cast<double>(bits_as<float>(code));
+  else
+    return static_cast<double>(widen_float<D>(code));
 }
 
 // x rounded to binary32 to odd: towards zero, and an inexact result made odd. Rounding that to nearest even, to a type
