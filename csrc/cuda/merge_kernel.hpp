@@ -159,7 +159,8 @@ PARAMDELTA_DEVICE void load_vectors(const void* const (&data)[kArrays], std::uin
   if (whole) {
     Sixteen bytes[kArrays];
     PARAMDELTA_UNROLL
-    for (int a = 0; a < kArrays; ++a) bytes[a] = load_sixteen(static_cast<const unsigned char*>(data[a]) + i * sizeof(Code));
+    for (int a = 0; a < kArrays; ++a)
+      bytes[a] = load_sixteen(static_cast<const unsigned char*>(data[a]) + i * sizeof(Code));
     PARAMDELTA_UNROLL
     for (int a = 0; a < kArrays; ++a) std::memcpy(to[a], &bytes[a], 16);
   } else {

@@ -42,8 +42,8 @@ struct ScaledParams {
   ScaledTotals* totals = nullptr;
   Unit* units = nullptr;  // of the whole output, row by row; null where none are needed
   Stage stage = Stage::plain;
-  bool counts = true;        // whether this pass adds to the totals
-  bool all_e4m3 = false;     // every operand has codes of f8_e4m3 and whole tiles of one scale, mostly
+  bool counts = true;     // whether this pass adds to the totals
+  bool all_e4m3 = false;  // every operand has codes of f8_e4m3 and whole tiles of one scale, mostly
   std::uint32_t tile_rows = 0, tile_cols = 0;
   std::uint32_t tiles_across = 0;
   std::uint32_t unit_rows = 0, unit_cols = 0;  // of the output, clamped to the region
@@ -73,8 +73,10 @@ PARAMDELTA_DEVICE std::uint32_t grid_place(std::uint32_t at, std::uint32_t phase
 
 PARAMDELTA_DEVICE void prepare_plane(const Matrix& matrix, const Tile& tile, TilePlane& plane) {
   const Scales& s = matrix.scales;
-  const bool rows = grid_place(tile.row, s.row_phase, s.rows) == grid_place(tile.row + tile.rows - 1, s.row_phase, s.rows);
-  const bool cols = grid_place(tile.col, s.col_phase, s.cols) == grid_place(tile.col + tile.cols - 1, s.col_phase, s.cols);
+  const bool rows =
+      grid_place(tile.row, s.row_phase, s.rows) == grid_place(tile.row + tile.rows - 1, s.row_phase, s.rows);
+  const bool cols =
+      grid_place(tile.col, s.col_phase, s.cols) == grid_place(tile.col + tile.cols - 1, s.col_phase, s.cols);
   plane.one_scale = s.data == nullptr || (rows && cols);
   plane.group_scale = s.cols == 0 || (s.cols % kGroup == 0 && (s.col_phase + tile.col) % kGroup == 0);
   plane.scale = plane.one_scale ? scale_at(s, tile.row, tile.col) : 0.0;
@@ -94,7 +96,8 @@ PARAMDELTA_DEVICE void read_codes_as(const unsigned char* from, int n, double* v
     load_codes<static_cast<int>(kGroup)>(from, codes);
   } else {
     PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k) codes[k] = k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
+    for (int k = 0; k < static_cast<int>(kGroup); ++k)
+      codes[k] = k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
   }
   PARAMDELTA_UNROLL
   for (int k = 0; k < static_cast<int>(kGroup); ++k) values[k] = widen<D>(codes[k]);
@@ -125,7 +128,8 @@ PARAMDELTA_DEVICE void read_nibbles(const unsigned char* from, Codec codec, doub
   PARAMDELTA_UNROLL
   for (int k = 0; k < static_cast<int>(kGroup); ++k) {
     const std::uint32_t code = word >> (4 * k) & 15u;
-    values[k] = codec == Codec::f4 ? static_cast<double>(widen_f4(code)) : static_cast<double>(static_cast<int>(code) - 8);
+    values[k] =
+        codec == Codec::f4 ? static_cast<double>(widen_f4(code)) : static_cast<double>(static_cast<int>(code) - 8);
   }
 }
 
@@ -170,7 +174,8 @@ PARAMDELTA_DEVICE void read_group(const Matrix& matrix, const TilePlane& plane, 
   } else {
     PARAMDELTA_UNROLL
     for (int k = 0; k < static_cast<int>(kGroup); ++k)
-      if (k < group.n) values[k] = values[k] * scale_at(matrix.scales, group.row, group.col + static_cast<std::uint32_t>(k));
+      if (k < group.n)
+        values[k] = values[k] * scale_at(matrix.scales, group.row, group.col + static_cast<std::uint32_t>(k));
   }
 }
 
@@ -203,7 +208,8 @@ PARAMDELTA_DEVICE void merge_group(const ScaledParams& params, const TilePlane* 
       for (int side = 0; side < 2; ++side) {  // rolled, so that the reads of every codec are there once
         PARAMDELTA_UNROLL
         for (int k = 0; k < static_cast<int>(kGroup); ++k) post[k] = side == 0 ? 0.0 : base[k];
-        read_group<false>(side == 0 ? term.post : term.base, planes[1 + 2 * t + static_cast<std::size_t>(side)], group, base);
+        read_group<false>(side == 0 ? term.post : term.base, planes[1 + 2 * t + static_cast<std::size_t>(side)], group,
+                          base);
       }
     }
     PARAMDELTA_UNROLL
@@ -350,7 +356,8 @@ PARAMDELTA_DEVICE void encode_group(const ScaledParams& params, const Group& gro
     const Unit& unit = *units[k];
     const float y = multiply ? x[k] * unit.scale.factor : x[k] / unit.scale.factor;
     if (unit.copied != 0)
-      codes[k] = static_cast<std::uint32_t>(code_at(job.new_base, group.row, group.col + static_cast<std::uint32_t>(k)));
+      codes[k] =
+          static_cast<std::uint32_t>(code_at(job.new_base, group.row, group.col + static_cast<std::uint32_t>(k)));
     else
       codes[k] = quick_code(recipe.codec, is_inf(x[k]) ? x[k] : y);
     lost.add(&unit, near_value(recipe.codec, codes[k]), y);
@@ -367,8 +374,7 @@ PARAMDELTA_DEVICE void choose_unit(const ScaledParams& params, std::uint32_t row
       choose(job, keeping ? &stored : nullptr, unit.touched != 0, bits_as<float>(unit.largest), unit.misfit == 0);
   unit.scale = choice.scale;
   unit.copied = choice.copied ? 1 : 0;
-  if (!job.given)
-    store_scale(job.recipe.scale_dtype, job.out_scales, unit_index(job, row, col), choice.scale.stored);
+  if (!job.given) store_scale(job.recipe.scale_dtype, job.out_scales, unit_index(job, row, col), choice.scale.stored);
 }
 
 PARAMDELTA_DEVICE bool asks_fit(const ScaledMerge& job) { return keeps(job) && job.recipe.codec == Codec::i4; }
@@ -436,7 +442,8 @@ struct UnitsKernel {
 
     block.each([&](int thread) {
       prepare_planes(params, tile, thread, shared.planes);
-      for (std::uint32_t u = static_cast<std::uint32_t>(thread); u < n_units; u += kScaledThreads) shared.units[u] = Unit{};
+      for (std::uint32_t u = static_cast<std::uint32_t>(thread); u < n_units; u += kScaledThreads)
+        shared.units[u] = Unit{};
     });
     block.each([&](int thread) {
       Counts counts;

@@ -1,11 +1,13 @@
 #include <sys/mman.h>
 
+#include <cstring>
 #include <exception>
 #include <map>
 #include <new>
 #include <stdexcept>
 #include <tuple>
 
+#include "core/codec.hpp"
 #include "cuda/stage.hpp"
 
 namespace paramdelta::cuda {
@@ -30,6 +32,12 @@ Signature signature_of(const Merge& job) {
 }
 
 std::size_t out_bytes(const Merge& job) { return job.count * size_of(job.out_dtype); }
+
+// Of the scales of a job's output, as they lie behind each other.
+std::size_t scale_bytes(const ScaledMerge& job) {
+  const std::size_t rows = job.grid_rows == 0 ? 1 : (job.rows + job.grid_rows - 1) / job.grid_rows;
+  return rows * static_cast<std::size_t>(job.out_scale_pitch) * size_of(job.recipe.scale_dtype);
+}
 
 constexpr std::size_t kLine = 256;
 
@@ -160,6 +168,56 @@ void PinnedStage::merge(int worker, const StageBatch& batch, Counts* counts) {
   for (std::size_t i = 0; i < batch.n_jobs; ++i) counts[i] = lane.counted[i];
 }
 
+ScaledResult PinnedStage::merge_scaled(int worker, const StageFrame& frame, const ScaledMerge& job, bool measure) {
+  Lane& lane = lanes_.at(static_cast<std::size_t>(worker));
+  StageBatch all;
+  all.frame = frame;
+  all.out = job.out;
+  const Mapping map(lane, slot_bytes_, all);
+  const auto on_device = [&](const void* host) { return reinterpret_cast<void*>(map.address(host)); };
+  const auto move = [&](Matrix& matrix) {
+    matrix.data = on_device(matrix.data);
+    matrix.scales.data = on_device(matrix.scales.data);
+    matrix.scales.zero_points = on_device(matrix.scales.zero_points);
+  };
+  ScaledMerge moved = job;
+  std::vector<MatrixTerm> terms(job.terms, job.terms + job.n_terms);
+  move(moved.new_base);
+  for (MatrixTerm& term : terms) {
+    move(term.post);
+    move(term.base);
+  }
+  moved.terms = terms.data();
+  moved.out = on_device(job.out);
+  moved.out_scales = on_device(job.out_scales);
+  const ScaledEffect effect = measure ? ScaledEffect::measure : ScaledEffect::write;
+
+  static_assert(sizeof(ScaledTotals) % sizeof(Counts) == 0, "totals lie where counts lie else");
+  lane.make_room(device_, sizeof(ScaledTotals) / sizeof(Counts));
+  const std::size_t workspace = workspace_bytes(moved, effect);
+  if (lane.workspace.bytes() < workspace) lane.workspace = DeviceMemory(device_, workspace);
+  if (frame.operand_bytes > 0) lane.queue.copy(on_device(frame.operands), frame.operands, frame.operand_bytes);
+  auto* const totals = reinterpret_cast<ScaledTotals*>(lane.counts.data());
+  lane.queue.clear(totals, sizeof(ScaledTotals));
+  cuda::merge_scaled(moved, effect, totals, lane.workspace.data(), device_, lane.queue.stream());
+  if (!measure) {
+    lane.queue.copy(job.out, moved.out, job.rows * static_cast<std::size_t>(job.out_pitch));
+    if (job.quantised && !job.given) lane.queue.copy(job.out_scales, moved.out_scales, scale_bytes(job));
+  }
+  lane.queue.copy(lane.counted.data(), totals, sizeof(ScaledTotals));
+  lane.queue.finish();
+
+  ScaledTotals found;
+  std::memcpy(&found, lane.counted.data(), sizeof(found));
+  ScaledResult result;
+  result.counts = {found.nan, found.inf, found.overflow};
+  result.touched = found.touched != 0;
+  result.amax = bits_as<float>(found.amax);
+  result.error_squared = found.error_squared;
+  result.value_squared = found.value_squared;
+  return result;
+}
+
 const std::string& PinnedStage::error_of(int worker) const {
   return worker < 0 ? error_ : lanes_.at(static_cast<std::size_t>(worker)).error;
 }
@@ -180,6 +238,11 @@ StageTable PinnedStage::table() {
   table.detach = [](void* self) { static_cast<PinnedStage*>(self)->detach(); };
   table.merge = [](void* self, int worker, const StageBatch* batch, Counts* counts) {
     return guarded(self, worker, [&](PinnedStage& s) { s.merge(worker, *batch, counts); });
+  };
+  table.takes = [](void*, const ScaledMerge* job) { return job->n_terms <= most_scaled_terms(); };
+  table.merge_scaled = [](void* self, int worker, const StageFrame* frame, const ScaledMerge* job, bool measure,
+                          ScaledResult* result) {
+    return guarded(self, worker, [&](PinnedStage& s) { *result = s.merge_scaled(worker, *frame, *job, measure); });
   };
   table.error = [](void* self, int worker) { return static_cast<PinnedStage*>(self)->error_of(worker).c_str(); };
   return table;

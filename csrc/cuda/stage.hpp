@@ -12,6 +12,7 @@
 #include "core/stage.hpp"
 #include "cuda/memory.hpp"
 #include "cuda/merge.hpp"
+#include "cuda/scaled.hpp"
 
 namespace paramdelta::cuda {
 
@@ -26,6 +27,7 @@ class PinnedStage {
   void attach(std::byte* slab, int workers, std::size_t slot_bytes);
   void detach() noexcept;
   void merge(int worker, const StageBatch& batch, Counts* counts);
+  ScaledResult merge_scaled(int worker, const StageFrame& frame, const ScaledMerge& job, bool measure);
   const std::string& error_of(int worker) const;
   void set_error(int worker, std::string text);
 
@@ -44,6 +46,7 @@ class PinnedStage {
     std::vector<Counts> counted;
     PinnedMemory counted_pinned;
     DeviceMemory counts;
+    DeviceMemory workspace;
     DeviceMemory memory;
     Queue queue;
     std::string error;

@@ -4,13 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cuda/device.hpp"
 #include "cuda/merge.hpp"
+#include "cuda/rates.hpp"
 #include "cuda/scaled.hpp"
+#include "cuda/stage.hpp"
 #include "python/scaled_job.hpp"
 
 #if !defined(PARAMDELTA_CUDA_MODULE)
@@ -29,7 +32,8 @@ DType dtype_of(int code) {
 }
 
 // new_base, [post, base, …], out, count, counts
-using TensorTuple = std::tuple<std::uintptr_t, std::vector<std::uintptr_t>, std::uintptr_t, std::uint64_t, std::uintptr_t>;
+using TensorTuple =
+    std::tuple<std::uintptr_t, std::vector<std::uintptr_t>, std::uintptr_t, std::uint64_t, std::uintptr_t>;
 
 void merge(int new_base, const std::vector<std::tuple<int, int, double>>& terms, int out,
            const std::vector<TensorTuple>& tensors, int device, std::uintptr_t stream) {
@@ -91,6 +95,31 @@ void merge_scaled(const MatrixTuple& new_base, const std::vector<TermTuple>& ter
                      reinterpret_cast<void*>(workspace), device, stream);
 }
 
+// A stage and its table, which the capsule owns.
+struct OwnedStage {
+  cuda::PinnedStage stage;
+  StageTable table;
+  explicit OwnedStage(int device) : stage(device), table(stage.table()) {}
+};
+
+py::capsule stage(int device) {
+  auto owned = std::make_unique<OwnedStage>(device);
+  const py::capsule capsule(&owned->table, StageTable::kCapsule,
+                            [](PyObject* object) { delete static_cast<OwnedStage*>(PyCapsule_GetContext(object)); });
+  if (PyCapsule_SetContext(capsule.ptr(), owned.get()) != 0) throw py::error_already_set();
+  owned.release();
+  return capsule;
+}
+
+py::tuple rates(int device) {
+  cuda::Rates found;
+  {
+    const py::gil_scoped_release unlocked;
+    found = cuda::measure(device);
+  }
+  return py::make_tuple(found.up, found.down, found.merge);
+}
+
 py::list devices() {
   py::list found;
   for (const cuda::Device& device : cuda::devices()) {
@@ -117,6 +146,11 @@ PYBIND11_MODULE(PARAMDELTA_CUDA_MODULE, module) {
   module.def("devices", &devices, "Return what the devices are.");
   module.def("targets", &cuda::targets, "Return the architectures there is machine code for; negative: PTX.");
   module.def("on_host", &cuda::on_host, "Return whether this build runs the bodies of kernels on the host.");
+  module.def(
+      "stage", &stage, py::arg("device"),
+      "Return the stage of a device for paramdelta._cpu.Engine. It keeps page-locked and device memory between runs.");
+  module.def("rates", &rates, py::arg("device"),
+             "Measure and return bytes per second: to the device and back, both at once; of operands merged there.");
   module.def("most_terms", &cuda::most_terms, "Return how many terms a merge can have.");
   module.def("merge", &merge, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("out"), py::arg("tensors"),
              py::arg("device"), py::arg("stream"),
@@ -125,16 +159,17 @@ PYBIND11_MODULE(PARAMDELTA_CUDA_MODULE, module) {
   const std::pair<std::uint32_t, std::uint32_t> whole(0, 0);
   module.attr("TOTALS_BYTES") = sizeof(cuda::ScaledTotals);
   module.def("most_scaled_terms", &cuda::most_scaled_terms, "Return how many terms merge_scaled can have.");
-  module.def("workspace_bytes", &workspace_bytes, py::kw_only(), py::arg("new_base"), py::arg("terms"),
-             py::arg("rows"), py::arg("cols"), py::arg("out_dtype") = none, py::arg("recipe") = none,
-             py::arg("grid") = whole, py::arg("second") = 1.0f, py::arg("given") = none, py::arg("keep") = false,
-             py::arg("measure") = false, "Return the device memory that merge_scaled needs beside its operands.");
-  module.def("merge_scaled", &merge_scaled, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("rows"),
+  module.def("workspace_bytes", &workspace_bytes, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("rows"),
              py::arg("cols"), py::arg("out_dtype") = none, py::arg("recipe") = none, py::arg("grid") = whole,
              py::arg("second") = 1.0f, py::arg("given") = none, py::arg("keep") = false, py::arg("measure") = false,
-             py::arg("out") = std::pair<Address, std::ptrdiff_t>(0, 0),
-             py::arg("out_scales") = std::pair<Address, std::ptrdiff_t>(0, 0), py::arg("totals"),
-             py::arg("workspace") = 0, py::arg("device"), py::arg("stream"),
-             "Enqueue a merge of matrices of codes and scales; totals are (nan, inf, overflow: u64; touched, amax: u32; "
-             "error², value²: f64), and added to.");
+             "Return the device memory that merge_scaled needs beside its operands.");
+  module.def(
+      "merge_scaled", &merge_scaled, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("rows"),
+      py::arg("cols"), py::arg("out_dtype") = none, py::arg("recipe") = none, py::arg("grid") = whole,
+      py::arg("second") = 1.0f, py::arg("given") = none, py::arg("keep") = false, py::arg("measure") = false,
+      py::arg("out") = std::pair<Address, std::ptrdiff_t>(0, 0),
+      py::arg("out_scales") = std::pair<Address, std::ptrdiff_t>(0, 0), py::arg("totals"), py::arg("workspace") = 0,
+      py::arg("device"), py::arg("stream"),
+      "Enqueue a merge of matrices of codes and scales; totals are (nan, inf, overflow: u64; touched, amax: u32; "
+      "error², value²: f64), and added to.");
 }
