@@ -13,9 +13,11 @@ with R bytes of operands, W bytes of output; writing is the same for both. The b
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -110,12 +112,16 @@ def resolved(options: engine.EngineOptions | None, work: Work) -> tuple[engine.E
     return _with_stage(options, wanted), Choice(wanted, "asked for")
 
 
+def _cuda() -> ModuleType:
+    return importlib.import_module("paramdelta.backends.cuda")
+
+
 def _with_stage(options: engine.EngineOptions, device: str) -> engine.EngineOptions:
     reason = backends.why_not("cuda")
     if reason is not None:
         raise BackendError(f"--device {device}: {reason}; --device cpu gives the same bytes")
     number = int(device.partition(":")[2] or 0)
-    return replace(options, device=f"cuda:{number}", stage=backends.get("cuda").stage(number))
+    return replace(options, device=f"cuda:{number}", stage=_cuda().stage(number))
 
 
 def _measured(options: engine.EngineOptions, work: Work) -> Choice:
@@ -132,7 +138,7 @@ def measure(options: engine.EngineOptions, work: Work) -> Rates:
     """Measure this machine on the inputs of ``work``: reading, merging, the link to the first GPU and back."""
     paths = engine.paths_for(work, [size for _, size in work.outputs], options)
     started = time.perf_counter()
-    gpu = backends.get("cuda").rates(0)
+    gpu = _cuda().rates(0)
     setup_seconds = time.perf_counter() - started
     return Rates(
         read=read_rate(options, work),

@@ -98,3 +98,25 @@ def test_a_failure_of_the_device_ends_the_run_in_its_words(tmp_path: Path) -> No
 def test_rates_are_measured() -> None:
     up, down, merged = cuda_on_host.module().rates(0)
     assert min(up, down, merged) > 1e6
+
+
+def test_outputs_in_the_memory_of_the_device(tmp_path: Path) -> None:
+    builder = sample(tmp_path)
+    work = builder.build()
+    arrays = [np.zeros(size, np.uint8) for _, size in work.outputs]
+    there = [engine.DeviceMemory(a.__array_interface__["data"][0], a.nbytes) for a in arrays]
+    for memory in (None, 1 << 18):
+        engine.run(work, there, tensors=builder.tensors, options=options(threads=2, memory=memory))
+        for array, expected in zip(arrays, builder.outputs, strict=True):
+            assert array[6:].tobytes() == bytes(expected[6:])
+            array[:] = 0
+
+
+def test_the_memory_of_a_device_needs_a_stage_that_writes_there(tmp_path: Path) -> None:
+    builder = WorkBuilder(tmp_path)
+    builder.copy(0, 1000)
+    array = np.zeros(len(builder.outputs[0]), np.uint8)
+    there = [engine.DeviceMemory(array.__array_interface__["data"][0], array.nbytes)]
+    with pytest.raises(ValueError, match="need a stage that writes there"):
+        engine.run(builder.build(), there, tensors=1)
+    assert not array.any()

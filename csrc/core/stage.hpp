@@ -23,6 +23,7 @@ struct StageBatch {
   StageFrame frame;
   void* out = nullptr;
   std::size_t out_bytes = 0;
+  bool out_on_device = false;  // `out` is memory of the device
   const Merge* jobs = nullptr;
   const std::int32_t* tensors = nullptr;  // the output tensor of each job
   std::size_t n_jobs = 0;
@@ -49,6 +50,8 @@ struct StageTable {
   bool (*takes)(void* self, const ScaledMerge* job) = nullptr;
   int (*merge_scaled)(void* self, int worker, const StageFrame* frame, const ScaledMerge* job, bool measure,
                       ScaledResult* result) = nullptr;
+  // From a slot into memory of the device; needed only by runs with such outputs.
+  int (*write)(void* self, int worker, void* to, const void* from, std::size_t bytes) = nullptr;
   // What failed last in this worker (−1: in memory or attach); valid until the worker's next call.
   const char* (*error)(void* self, int worker) = nullptr;
 };

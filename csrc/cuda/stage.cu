@@ -67,6 +67,10 @@ struct PinnedStage::Mapping {
 
   Mapping(const Lane& of, std::size_t bytes, const StageBatch& batch)
       : slot(of.slot), lane(of.memory.data()), slot_bytes(bytes), out(static_cast<const std::byte*>(batch.out)) {
+    if (batch.out_on_device) {
+      out_in_lane = static_cast<std::byte*>(batch.out);
+      return;
+    }
     if (out >= slot && out < slot + slot_bytes) {
       out_in_lane = lane + (out - slot);
       return;
@@ -156,7 +160,7 @@ void PinnedStage::merge(int worker, const StageBatch& batch, Counts* counts) {
   for (const auto& [key, group] : groups) cuda::merge(group.first, group.second, device_, lane.queue.stream());
 
   // Outputs that follow each other come back in one copy; what lies between others is not theirs.
-  for (std::size_t i = 0; i < batch.n_jobs;) {
+  for (std::size_t i = batch.out_on_device ? batch.n_jobs : 0; i < batch.n_jobs;) {
     auto* const begin = static_cast<std::byte*>(batch.jobs[i].out);
     std::byte* end = begin;
     for (; i < batch.n_jobs && batch.jobs[i].out == end; ++i) end += out_bytes(batch.jobs[i]);
@@ -218,6 +222,12 @@ ScaledResult PinnedStage::merge_scaled(int worker, const StageFrame& frame, cons
   return result;
 }
 
+void PinnedStage::write(int worker, void* to, const void* from, std::size_t bytes) {
+  const Queue& queue = lanes_.at(static_cast<std::size_t>(worker)).queue;
+  queue.copy(to, from, bytes);
+  queue.finish();
+}
+
 const std::string& PinnedStage::error_of(int worker) const {
   return worker < 0 ? error_ : lanes_.at(static_cast<std::size_t>(worker)).error;
 }
@@ -243,6 +253,9 @@ StageTable PinnedStage::table() {
   table.merge_scaled = [](void* self, int worker, const StageFrame* frame, const ScaledMerge* job, bool measure,
                           ScaledResult* result) {
     return guarded(self, worker, [&](PinnedStage& s) { *result = s.merge_scaled(worker, *frame, *job, measure); });
+  };
+  table.write = [](void* self, int worker, void* to, const void* from, std::size_t bytes) {
+    return guarded(self, worker, [&](PinnedStage& s) { s.write(worker, to, from, bytes); });
   };
   table.error = [](void* self, int worker) { return static_cast<PinnedStage*>(self)->error_of(worker).c_str(); };
   return table;

@@ -28,6 +28,7 @@ class PinnedStage {
   void detach() noexcept;
   void merge(int worker, const StageBatch& batch, Counts* counts);
   ScaledResult merge_scaled(int worker, const StageFrame& frame, const ScaledMerge& job, bool measure);
+  void write(int worker, void* to, const void* from, std::size_t bytes);
   const std::string& error_of(int worker) const;
   void set_error(int worker, std::string text);
 

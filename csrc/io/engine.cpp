@@ -49,6 +49,9 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
   }
   for (const Target& output : outputs_) work_.alignment = std::max(work_.alignment, output.alignment());
   work_.validate(input_sizes, output_sizes);
+  for (const Target& output : outputs_)
+    if (output.on_device && !work_.extents.empty())
+      throw std::invalid_argument("what is written to the memory of a device cannot be summed");
   checksums_.emplace(std::move(work_.extents), work_.tensors, output_sizes, options_.isa);
   results_.counts.resize(work_.tensors);
   results_.losses.resize(work_.regions.empty() ? 0 : work_.tensors);
@@ -129,7 +132,7 @@ void Engine::carry(int worker, Slot& slot) {
       results_.counts[static_cast<std::size_t>(batch.tensors[i])] += counts[i];
     }
   }
-  slot.copy();
+  slot.copy([&](std::byte* to, const std::byte* from, std::size_t bytes) { stage_->write(worker, to, from, bytes); });
   bytes_written_ += static_cast<std::int64_t>(slot.drain(outputs_, *checksums_));
 }
 
@@ -137,7 +140,9 @@ void Engine::carry(int worker, Rectangle& rectangle, const Piece& piece) {
   bytes_read_ += static_cast<std::int64_t>(rectangle.fill(piece, inputs_));
   const Region& region = rectangle.region();
   const ScaledResult result = stage_->merge_scaled(worker, rectangle.frame(), rectangle.job(), region.measure != 0);
-  bytes_written_ += static_cast<std::int64_t>(rectangle.drain(outputs_, *checksums_));
+  bytes_written_ += static_cast<std::int64_t>(rectangle.drain(
+      outputs_, *checksums_,
+      [&](std::byte* to, const std::byte* from, std::size_t bytes) { stage_->write(worker, to, from, bytes); }));
   const std::lock_guard<std::mutex> lock(mutex_);
   if (region.measure) {
     Measured& unit = results_.measured[static_cast<std::size_t>(region.unit)];

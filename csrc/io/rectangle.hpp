@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "core/stage.hpp"
@@ -38,8 +39,9 @@ class Rectangle {
   const ScaledMerge& job() const { return job_; }
   StageFrame frame() const { return {operands_, static_cast<std::size_t>(free_ - operands_)}; }
   const Region& region() const { return work_.regions[piece_.region]; }
-  // Writes codes and scales, and has them summed. Returns their bytes.
-  std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums) const;
+  // Writes codes and scales, and has them summed; `write` copies into memory of a device. Returns their bytes.
+  using Write = std::function<void(std::byte* to, const std::byte* from, std::size_t bytes)>;
+  std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums, const Write& write) const;
 
  private:
   struct Plane;

@@ -3,7 +3,6 @@
 #include "io/slot.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -77,7 +76,7 @@ void Slot::lay_out_operand(const std::vector<Input>& inputs, std::size_t k) {
       at.offset += part.first * static_cast<std::int64_t>(item);
       const std::size_t bytes = static_cast<std::size_t>(part.count) * item;
       const std::size_t alignment = inputs[static_cast<std::size_t>(at.file)].alignment();
-      if (Work::is_copy(span) && alignment == 1)
+      if (Work::is_copy(span) && alignment == 1 && !on_device_)
         read_into(to = outs_[i], at, bytes);
       else
         to = place(at, bytes, alignment);
@@ -98,6 +97,7 @@ void Slot::lay_out(const std::vector<Input>& inputs, std::vector<Target>& output
   }
   Target& target = outputs[static_cast<std::size_t>(work_.spans[parts_.front().span].out_file)];
   forbid(memory_, bytes_);
+  on_device_ = target.on_device;
   out_ = target.memory ? target.memory + out_offset() : placed(memory_, target.alignment(), out_offset());
   operands_ = free_ = target.memory ? memory_ : out_ + out_bytes_;
   if (!target.memory && free_ <= memory_ + bytes_) allow(out_, out_bytes_);
@@ -151,15 +151,10 @@ StageBatch Slot::batch() {
   return {{operands_, static_cast<std::size_t>(free_ - operands_)},
           out_,
           out_bytes_,
+          on_device_,
           jobs_.data(),
           tensors_.data(),
           jobs_.size()};
-}
-
-void Slot::copy() {
-  for (std::size_t i = 0; i < parts_.size(); ++i)
-    if (Work::is_copy(work_.spans[parts_[i].span]) && where_[i] != outs_[i])
-      std::memcpy(outs_[i], where_[i], part_bytes(i));
 }
 
 std::size_t Slot::drain(std::vector<Target>& outputs, Checksums& checksums) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include "core/stage.hpp"
@@ -25,8 +26,17 @@ class Slot {
   std::size_t fill(const std::vector<Input>& inputs, std::vector<Target>& outputs);
   // The parts that have arithmetic; jobs and terms are the slot's, until the next call.
   StageBatch batch();
-  // Copies the parts that have none.
-  void copy();
+  // Copies the parts that have none, write(to, from, bytes) into memory of a device.
+  template <class Write>
+  void copy(Write&& write) {
+    for (std::size_t i = 0; i < parts_.size(); ++i) {
+      if (!Work::is_copy(work_.spans[parts_[i].span]) || where_[i] == outs_[i]) continue;
+      if (on_device_)
+        write(outs_[i], where_[i], part_bytes(i));
+      else
+        std::memcpy(outs_[i], where_[i], part_bytes(i));
+    }
+  }
   // Writes the output extent, and has it summed. Returns its bytes.
   std::size_t drain(std::vector<Target>& outputs, Checksums& checksums) const;
 
@@ -56,6 +66,7 @@ class Slot {
   std::vector<std::byte*> outs_;   // output of part i
   std::byte* out_ = nullptr;
   std::size_t out_bytes_ = 0;
+  bool on_device_ = false;  // out_ is
   std::vector<std::int32_t> tensors_;
   std::vector<Merge> jobs_;
   std::vector<Term> terms_;

@@ -8,6 +8,10 @@
 
 namespace paramdelta::io {
 
+void Stage::write(int /*worker*/, std::byte* /*to*/, const std::byte* /*from*/, std::size_t /*bytes*/) {
+  throw std::invalid_argument("outputs in the memory of a device need a stage that writes there");
+}
+
 void Processor::merge(int /*worker*/, const StageBatch& batch, Counts* counts) {
   for (std::size_t i = 0; i < batch.n_jobs; ++i) counts[i] = cpu::merge(isa_, batch.jobs[i], cpu::Store::cached);
 }
@@ -43,6 +47,11 @@ void Device::attach(std::byte* slab, int workers, std::size_t slot_bytes) {
 
 void Device::detach() noexcept {
   if (table_.detach) table_.detach(table_.self);
+}
+
+void Device::write(int worker, std::byte* to, const std::byte* from, std::size_t bytes) {
+  if (table_.write == nullptr) return Stage::write(worker, to, from, bytes);
+  check(table_.write(table_.self, worker, to, from, bytes), worker);
 }
 
 void Device::merge(int worker, const StageBatch& batch, Counts* counts) {

@@ -15,6 +15,7 @@ class Stage {
   virtual std::byte* memory(int /*workers*/, std::size_t /*slot_bytes*/) { return nullptr; }
   virtual void attach(std::byte* /*slab*/, int /*workers*/, std::size_t /*slot_bytes*/) {}
   virtual void detach() noexcept {}
+  virtual void write(int worker, std::byte* to, const std::byte* from, std::size_t bytes);
   virtual void merge(int worker, const StageBatch& batch, Counts* counts) = 0;
   virtual ScaledResult merge_scaled(int worker, const StageFrame& frame, const ScaledMerge& job, bool measure) = 0;
 };
@@ -37,6 +38,7 @@ class Device : public Stage {
   std::byte* memory(int workers, std::size_t slot_bytes) override;
   void attach(std::byte* slab, int workers, std::size_t slot_bytes) override;
   void detach() noexcept override;
+  void write(int worker, std::byte* to, const std::byte* from, std::size_t bytes) override;
   void merge(int worker, const StageBatch& batch, Counts* counts) override;
   ScaledResult merge_scaled(int worker, const StageFrame& frame, const ScaledMerge& job, bool measure) override;
 

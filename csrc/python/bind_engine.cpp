@@ -85,6 +85,12 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
       const auto [path, access] = file_of(object);
       target.file = io::File::open_for_writing(path, access);
       sizes.push_back(target.file.size());
+    } else if (py::isinstance<py::list>(object)) {  // [address on the device, bytes]
+      const auto at = py::cast<std::vector<std::int64_t>>(object);
+      if (at.size() != 2) throw std::invalid_argument("memory of a device: expected its address and its bytes");
+      target.memory = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(at[0]));
+      target.on_device = true;
+      sizes.push_back(at[1]);
     } else if (py::isinstance<py::int_>(object)) {  // nowhere, a file of this size
       target.nowhere = true;
       sizes.push_back(py::cast<std::int64_t>(object));

@@ -38,6 +38,14 @@ class Tensor(NamedTuple):
     counts: int
 
 
+class Rates(NamedTuple):
+    """Bytes per second: to the device and back, measured while both go on; of operands merged there (bf16)."""
+
+    up: float
+    down: float
+    merge: float
+
+
 def why_not() -> str | None:
     """Return None where the extension loads and finds a device, else the reason and the way out."""
     try:
@@ -89,6 +97,17 @@ def workspace_bytes(**job: Any) -> int:
     """Return how much device memory ``merge_scaled`` needs beside its operands, for the same keywords."""
     size: int = _extension().workspace_bytes(**job)
     return size
+
+
+def stage(device: int) -> Any:
+    """Return what the streaming engine is given to compute on a device (``EngineOptions.stage``). It keeps page-locked
+    memory, and as much of the device's, from one run to the next, and serves one run at a time."""
+    return _extension().stage(device)
+
+
+def rates(device: int) -> Rates:
+    """Measure a device and the link to it, for some ten milliseconds."""
+    return Rates(*_extension().rates(device))
 
 
 def _extension() -> ModuleType:
