@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramdelta import checksums as sums
-from paramdelta import engine, resuming
+from paramdelta import devices, engine, resuming
 from paramdelta.errors import (
     Complaint,
     InputError,
@@ -47,6 +47,7 @@ def merge(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     restart: bool = False,
     checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -63,7 +64,7 @@ def merge(
         ``post`` and ``base`` are lists of the same length; they are added in this order, and all but the weights
         (tokenizer, config, chat template) is as with the first alone
     out : the folder to write; must not exist unless ``overwrite``
-    threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
+    threads, memory, isa, io, device : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
     restart : discard what an earlier run, cut short, has left of a merge to ``out``; by default the same merge is
         continued, and another refused
     checksums : record the CRC-32 of every tensor in ``paramdelta.json``, by which :func:`paramdelta.verify` checks the
@@ -97,7 +98,7 @@ def merge(
     from paramdelta.plan import make_request
 
     request = make_request(post=post, base=base, new_base=new_base, out=out, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     return run_merge(prepare(request), options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
 
@@ -149,6 +150,7 @@ def run_merge(
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
     if not checksums:
         plan = plan.without_checksums()
+    options = devices.resolved(options, plan.work)
     with Staging(request.out) as staging:
         if staging.put_back and not request.overwrite:
             raise StorageError(PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
@@ -206,6 +208,8 @@ def judged(
         quantised=quantised,
         resumed_bytes=resumed,
         io=result.paths.summary() if result.paths is not None else {},
+        device=result.device,
+        device_why=result.device_why,
     )
     return report, error
 

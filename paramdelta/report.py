@@ -41,7 +41,7 @@ class MergeReport:
     the engine. ``seconds`` is the whole call, ``engine_seconds`` the part that moved data. ``policies`` is the plan's
     summary of what happened to which tensors; ``warnings`` are lines a person should read. ``resumed_bytes`` of the
     output were there already, from a run that was cut short. ``io`` counts the files that were read and written by each
-    way of :mod:`paramdelta.storage`.
+    way of :mod:`paramdelta.storage`. ``device`` is what computed, ``device_why`` why it was chosen.
     """
 
     out: Path | None
@@ -61,6 +61,8 @@ class MergeReport:
     quantised: tuple[Quantised, ...] = ()
     resumed_bytes: int = 0
     io: dict[str, dict[str, int]] = field(default_factory=dict)
+    device: str = "cpu"
+    device_why: str = ""
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -11,12 +11,11 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/merge.hpp"
-#include "cpu/scaled.hpp"
 #include "io/checksums.hpp"
 #include "io/cursor.hpp"
 #include "io/rectangle.hpp"
 #include "io/slot.hpp"
+#include "io/stage.hpp"
 #include "io/work.hpp"
 
 namespace paramdelta::io {
@@ -25,6 +24,7 @@ struct Options {
   int threads = 1;
   std::size_t slot_bytes = std::size_t{1} << 20;
   cpu::Isa isa = cpu::Isa::scalar;
+  std::shared_ptr<Stage> stage;  // none: the processor
 };
 
 // What measuring a unit found: the largest |x| of its regions, and whether a delta in one of them is not zero.
@@ -79,18 +79,23 @@ class Engine {
     void operator()(std::byte* memory) const;
   };
   void run(int worker);
-  void work_through(Slot& slot, Rectangle& rectangle);
-  void carry(Slot& slot);
-  void carry(Rectangle& rectangle, const Piece& piece);
+  void work_through(int worker, Slot& slot, Rectangle& rectangle);
+  void carry(int worker, Slot& slot);
+  void carry(int worker, Rectangle& rectangle, const Piece& piece);
+  void join() noexcept;
+  void note(const StageBatch& batch, std::size_t variant, const std::vector<Counts>& counts);
   void note(const Region& region, std::size_t variant, const ScaledResult& result);
 
   Work work_;
   std::vector<Input> inputs_;
   std::vector<Target> outputs_;
   const Options options_;
+  const std::shared_ptr<Stage> stage_;
+  bool attached_ = false;
   std::optional<Checksums> checksums_;
   std::optional<Cursor> cursor_;
-  std::unique_ptr<std::byte, Unmapper> slab_;
+  std::unique_ptr<std::byte, Unmapper> own_slab_;
+  std::byte* slab_ = nullptr;  // own_slab_, or the stage's
   std::vector<std::thread> threads_;
   std::atomic<bool> stopping_{false};
   std::atomic<std::int64_t> bytes_read_{0};

@@ -355,6 +355,7 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
                    row->zero};
   }
   if (!at.measure) prepare_output();
+  operands_ = free_;
   terms_.clear();
   for (std::int32_t t = 0; t < at.n_terms; ++t) {
     const RegionTerm& term = work_.region_terms[static_cast<std::size_t>(at.first_term + t)];
@@ -366,7 +367,7 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
   return read_;
 }
 
-std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& checksums) const {
+std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& checksums, const Write& to_device) const {
   const Region& at = region();
   if (at.measure) return 0;
   std::size_t written = 0;
@@ -376,11 +377,13 @@ std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& chec
     const Target& target = outputs[static_cast<std::size_t>(file)];
     const auto* from = static_cast<const std::byte*>(data);
     checksums.add_rows(file, offset, from, rows, length, stride);
-    if (stride == length || rows == 1) {
-      target.write_at(from, static_cast<std::size_t>(rows * length), offset);
-    } else {
-      for (std::int64_t r = 0; r < rows; ++r)
-        target.write_at(from + r * length, static_cast<std::size_t>(length), offset + r * stride);
+    const std::int64_t lines = stride == length ? 1 : rows, bytes = stride == length ? rows * length : length;
+    for (std::int64_t r = 0; r < lines; ++r) {
+      const auto count = static_cast<std::size_t>(bytes);
+      if (target.on_device)
+        to_device(target.memory + offset + r * stride, from + r * length, count);
+      else
+        target.write_at(from + r * length, count, offset + r * stride);
     }
     written += static_cast<std::size_t>(rows * length);
   };

@@ -3,9 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
-#include "core/scaled.hpp"
+#include "core/stage.hpp"
 #include "io/checksums.hpp"
 #include "io/file.hpp"
 #include "io/work.hpp"
@@ -38,9 +39,14 @@ class Rectangle {
   // Makes job() that of one of the variants: its alphas, and the scales it is given. Returns the bytes read.
   std::size_t turn_to(std::size_t variant, const std::vector<Input>& inputs);
   const ScaledMerge& job() const { return job_; }
+  StageFrame frame(std::size_t variant) const {
+    return {operands_, static_cast<std::size_t>(free_ - operands_), variant != 0};
+  }
   const Region& region() const { return work_.regions[piece_.region]; }
-  // Writes codes and scales of the variant turned to, and has them summed. Returns their bytes.
-  std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums) const;
+  // Writes codes and scales of the variant turned to, and has them summed; `write` copies into memory of a device.
+  // Returns their bytes.
+  using Write = std::function<void(std::byte* to, const std::byte* from, std::size_t bytes)>;
+  std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums, const Write& write) const;
 
  private:
   struct Plane;
@@ -60,6 +66,7 @@ class Rectangle {
   const Work& work_;
   std::byte* const memory_;
   const std::size_t bytes_;
+  std::byte* operands_ = nullptr;  // where they begin; they end at free_
   std::byte* free_ = nullptr;
   Piece piece_;
   ScaledMerge job_;

@@ -46,6 +46,15 @@ struct BoundEngine {
   std::vector<py::buffer_info> memory;
   std::unique_ptr<io::Engine> engine;
 
+  BoundEngine() = default;
+  // Workers may be waiting for the interpreter, in a stage that is written in Python.
+  ~BoundEngine() {
+    const py::gil_scoped_release unlocked;
+    engine.reset();
+  }
+  BoundEngine(const BoundEngine&) = delete;
+  BoundEngine& operator=(const BoundEngine&) = delete;
+
   const py::buffer_info& bytes_of(const py::handle object, bool writable) {
     memory.push_back(py::cast<py::buffer>(object).request(writable));
     const py::buffer_info& info = memory.back();
@@ -90,6 +99,12 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
       const auto [path, access] = file_of(object);
       target.file = io::File::open_for_writing(path, access);
       sizes.push_back(target.file.size());
+    } else if (py::isinstance<py::list>(object)) {  // [address on the device, bytes]
+      const auto at = py::cast<std::vector<std::int64_t>>(object);
+      if (at.size() != 2) throw std::invalid_argument("memory of a device: expected its address and its bytes");
+      target.memory = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(at[0]));
+      target.on_device = true;
+      sizes.push_back(at[1]);
     } else if (py::isinstance<py::int_>(object)) {  // nowhere, a file of this size
       target.nowhere = true;
       sizes.push_back(py::cast<std::int64_t>(object));
@@ -106,7 +121,7 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
 std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t tensors, std::size_t units,
                                          std::size_t variants, std::int32_t own_input, const py::list& inputs,
                                          const py::list& outputs, int threads, std::size_t slot_bytes,
-                                         const std::optional<std::string>& isa) {
+                                         const std::optional<std::string>& isa, const py::object& stage) {
   auto bound = std::make_unique<BoundEngine>();
   std::vector<std::int64_t> sizes;
   std::vector<io::Input> sources = inputs_of(inputs, *bound);
@@ -130,6 +145,7 @@ std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t te
   options.threads = threads;
   options.slot_bytes = slot_bytes;
   options.isa = isa_of(isa);
+  options.stage = stage_of(stage, options.isa);
   bound->engine = std::make_unique<io::Engine>(std::move(work), std::move(sources), std::move(targets), sizes, options);
   return bound;
 }
@@ -173,6 +189,8 @@ void translate(std::exception_ptr error) {
     py::object value = type(e.what());
     value.attr("errno") = e.code() ? py::object(py::int_(e.code())) : py::object(py::none());
     PyErr_SetObject(type.ptr(), value.ptr());
+  } catch (const StageError& e) {
+    PyErr_SetString(py::module_::import("paramdelta.errors").attr("DeviceError").ptr(), e.what());
   }
 }
 
@@ -204,7 +222,7 @@ void bind_engine(py::module_& module) {
   py::class_<BoundEngine>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("columns"), py::arg("tensors"), py::arg("units"),
            py::arg("variants") = 1, py::arg("own_input") = -1, py::arg("inputs"), py::arg("outputs"),
-           py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
+           py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"), py::arg("stage") = py::none())
       .def("start", [](BoundEngine& self) { self.engine->start(); })
       .def("stop", [](BoundEngine& self) { self.engine->stop(); })
       .def(

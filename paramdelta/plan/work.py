@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta.dtypes import BF16, DTYPES, F32, DType
+from paramdelta.dtypes import BF16, BY_NAME, DTYPES, F32, DType
 from paramdelta.formats import CODEC_BITS, CODECS, RULES, Recipe
 
 # Layouts are those of csrc/io/work.hpp; the extension checks the item sizes and the bounds.
@@ -255,6 +255,12 @@ class Work:
             read = self._view_bytes(regions[several], region_terms[f"{role}_view"])
             np.add.at(of_regions, several, times[several] * read)
         return of_spans, of_regions
+
+    def reading(self, file: int, offset: int, count: int) -> Work:
+        """Return work that reads ``count`` bytes of one of the inputs into an output of that size, as one tensor."""
+        byte = BY_NAME["u8"].code
+        span = np.array([(0, count, offset, 0, 0, 0, 0, 0, byte, byte, b"")], SPAN)
+        return Work(inputs=(self.inputs[file],), outputs=(("", count),), headers=(), spans=span, terms=no_rows(TERM))
 
     def _view_bytes(self, regions: Rows, numbers: NDArray[Any]) -> NDArray[np.int64]:
         """Return the bytes of codes and scales that regions read of views."""
