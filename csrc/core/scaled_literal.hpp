@@ -52,7 +52,8 @@ struct Value {
 // The binary64 that element (r, c)'s code is multiplied with, and its zero point.
 PARAMDELTA_HOST_DEVICE inline double scale_at(const Scales& s, std::size_t r, std::size_t c) {
   if (s.data == nullptr) return 1.0;
-  return value_scale(s.second, s.second_value, decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, r, c))));
+  return value_scale(s.second, s.second_value,
+                     decode_scale(s.dtype, load_scale(s.dtype, s.data, scale_index(s, r, c))));
 }
 
 PARAMDELTA_HOST_DEVICE inline int zero_point_at(const Scales& s, std::size_t r, std::size_t c) {

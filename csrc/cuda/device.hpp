@@ -25,8 +25,8 @@ struct Device {
   std::string name;
   int major = 0, minor = 0;
   int processors = 0;
-  std::size_t memory = 0;      // bytes
-  int single_to_double = 0;    // how many times slower binary64 arithmetic is
+  std::size_t memory = 0;        // bytes
+  int single_to_double = 0;      // how many times slower binary64 arithmetic is
   std::size_t shared_bytes = 0;  // that a block may have
 };
 
@@ -35,7 +35,7 @@ std::string why_not();
 
 std::vector<Device> devices();
 
-// The architectures that machine code was built for, such as 90, then, negative, those there is PTX for.
+// The architectures that machine code was built for, such as 90; of the last there is PTX too.
 std::vector<int> targets();
 
 // Whether this is the build that runs kernel bodies on the host.

@@ -83,11 +83,12 @@ void launch(std::uint64_t blocks, std::size_t shared_bytes, const typename Kerne
   if (blocks == 0) return;
   if (blocks > 0x7FFFFFFFu) throw std::invalid_argument("a launch has at most 2^31 - 1 blocks: merge in parts");
   if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "asking for shared memory");
-  run<Kernel><<<static_cast<unsigned>(blocks), Kernel::kThreads, shared_bytes,
-                reinterpret_cast<cudaStream_t>(stream)>>>(params);
+    check(
+        cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "asking for shared memory");
+  run<Kernel>
+      <<<static_cast<unsigned>(blocks), Kernel::kThreads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
+          params);
   check(cudaGetLastError(), "launching a kernel");
 }
 
@@ -150,7 +151,8 @@ PARAMDELTA_DEVICE_CALL Sixteen gather_bytes(const unsigned char* from) {
     for (int i = 0; i < count; ++i) codes[i] = reinterpret_cast<const Code*>(from)[i];
   } else {
     PARAMDELTA_UNROLL
-    for (int i = 0; i < count; ++i) std::memcpy(codes + i, from + static_cast<std::size_t>(i) * sizeof(Code), sizeof(Code));
+    for (int i = 0; i < count; ++i)
+      std::memcpy(codes + i, from + static_cast<std::size_t>(i) * sizeof(Code), sizeof(Code));
   }
   Sixteen all;
   std::memcpy(&all, codes, 16);
@@ -167,7 +169,8 @@ PARAMDELTA_DEVICE_CALL void scatter_bytes(const Sixteen& all, unsigned char* to)
     for (int i = 0; i < count; ++i) reinterpret_cast<Code*>(to)[i] = codes[i];
   } else {
     PARAMDELTA_UNROLL
-    for (int i = 0; i < count; ++i) std::memcpy(to + static_cast<std::size_t>(i) * sizeof(Code), codes + i, sizeof(Code));
+    for (int i = 0; i < count; ++i)
+      std::memcpy(to + static_cast<std::size_t>(i) * sizeof(Code), codes + i, sizeof(Code));
   }
 }
 

@@ -1,6 +1,5 @@
 // The launches of merge.hpp: which lane, and how tensors are packed into a kernel's parameters.
 #include "cuda/merge.hpp"
-
 #include "cuda/merge_kernel.hpp"
 
 namespace paramdelta::cuda {
@@ -64,9 +63,7 @@ void merge_uniform(const Signature& signature, const std::vector<TensorAddresses
 
 }  // namespace
 
-std::size_t most_terms() {
-  return (Batch::kWords - Batch::kTensorWords) / (Batch::kTermWords + 2);
-}
+std::size_t most_terms() { return (Batch::kWords - Batch::kTensorWords) / (Batch::kTermWords + 2); }
 
 void merge(const Signature& given, const std::vector<TensorAddresses>& given_tensors, int device, Stream stream) {
   // A term with alpha == 0 is no term at all: not even 0 · Inf of it is.

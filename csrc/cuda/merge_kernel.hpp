@@ -1,6 +1,6 @@
-// Kernels for consecutive elements: three-way lanes for one dtype and alpha = 1, a lane for one dtype and any terms, and
-// one for every mixture. A thread takes kVector elements, 16 bytes to a read where addresses allow. Whatever is NaN,
-// infinite or overflows is merged again, literally, by the thread that holds it.
+// Kernels for consecutive elements: three-way lanes for one dtype and alpha = 1, a lane for one dtype and any terms,
+// and one for every mixture. A thread takes kVector elements, 16 bytes to a read where addresses allow. Whatever is
+// NaN, infinite or overflows is merged again, literally, by the thread that holds it.
 #pragma once
 
 #include "core/literal.hpp"
@@ -34,14 +34,20 @@ struct TensorView {
   PARAMDELTA_DEVICE std::uint64_t first_block() const { return words[0]; }
   PARAMDELTA_DEVICE std::uint64_t count() const { return words[1]; }
   PARAMDELTA_DEVICE Operand new_base() const { return {pointer(words[2]), batch.new_base}; }
-  PARAMDELTA_DEVICE unsigned char* out() const { return static_cast<unsigned char*>(const_cast<void*>(pointer(words[3]))); }
-  PARAMDELTA_DEVICE std::uint64_t* counts() const { return static_cast<std::uint64_t*>(const_cast<void*>(pointer(words[4]))); }
+  PARAMDELTA_DEVICE unsigned char* out() const {
+    return static_cast<unsigned char*>(const_cast<void*>(pointer(words[3])));
+  }
+  PARAMDELTA_DEVICE std::uint64_t* counts() const {
+    return static_cast<std::uint64_t*>(const_cast<void*>(pointer(words[4])));
+  }
   PARAMDELTA_DEVICE double alpha(std::uint32_t t) const { return bits_as<double>(batch.words[Batch::kTermWords * t]); }
   PARAMDELTA_DEVICE Operand post(std::uint32_t t) const {
-    return {pointer(words[Batch::kTensorWords + 2 * t]), static_cast<DType>(batch.words[Batch::kTermWords * t + 1] & 0xFF)};
+    return {pointer(words[Batch::kTensorWords + 2 * t]),
+            static_cast<DType>(batch.words[Batch::kTermWords * t + 1] & 0xFF)};
   }
   PARAMDELTA_DEVICE Operand base(std::uint32_t t) const {
-    return {pointer(words[Batch::kTensorWords + 2 * t + 1]), static_cast<DType>(batch.words[Batch::kTermWords * t + 1] >> 8)};
+    return {pointer(words[Batch::kTensorWords + 2 * t + 1]),
+            static_cast<DType>(batch.words[Batch::kTermWords * t + 1] >> 8)};
   }
 };
 
@@ -136,7 +142,8 @@ PARAMDELTA_DEVICE void load_vector(const void* data, std::uint64_t i, int n, typ
   const unsigned char* from = static_cast<const unsigned char*>(data) + i * sizeof(Code);
   if (data != nullptr && n == kVector) return load_codes<kVector>(from, to);
   PARAMDELTA_UNROLL
-  for (int k = 0; k < kVector; ++k) to[k] = data != nullptr && k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
+  for (int k = 0; k < kVector; ++k)
+    to[k] = data != nullptr && k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
 }
 
 // Of several arrays: where all of them allow the widest reads, these follow each other without a branch between them,
@@ -152,7 +159,8 @@ PARAMDELTA_DEVICE void load_vectors(const void* const (&data)[kArrays], std::uin
   if (whole) {
     Sixteen bytes[kArrays];
     PARAMDELTA_UNROLL
-    for (int a = 0; a < kArrays; ++a) bytes[a] = load_sixteen(static_cast<const unsigned char*>(data[a]) + i * sizeof(Code));
+    for (int a = 0; a < kArrays; ++a)
+      bytes[a] = load_sixteen(static_cast<const unsigned char*>(data[a]) + i * sizeof(Code));
     PARAMDELTA_UNROLL
     for (int a = 0; a < kArrays; ++a) std::memcpy(to[a], &bytes[a], 16);
   } else {

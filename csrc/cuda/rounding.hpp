@@ -7,9 +7,9 @@
 
 namespace paramdelta::cuda {
 
-// What a code of a type shorter than binary32 stands for. Multiplying by a power of two puts the exponent right, exactly,
-// subnormals included; Inf and NaN, which would come out finite, come out NaN (of bf16, as they are), so that whoever
-// looks takes the literal way.
+// What a code of a type shorter than binary32 stands for. Multiplying by a power of two puts the exponent right,
+// exactly, subnormals included; Inf and NaN, which would come out finite, come out NaN (of bf16, as they are), so that
+// whoever looks takes the literal way.
 template <DType D>
 PARAMDELTA_DEVICE float widen_float(typename Format<D>::Code code) {
   using F = Format<D>;

@@ -1,8 +1,7 @@
 // The launches of scaled.hpp: how a region is cut, and which passes it takes.
-#include "cuda/scaled.hpp"
-
 #include <string>
 
+#include "cuda/scaled.hpp"
 #include "cuda/scaled_kernel.hpp"
 
 namespace paramdelta::cuda {

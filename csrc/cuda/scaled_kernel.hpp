@@ -42,8 +42,8 @@ struct ScaledParams {
   ScaledTotals* totals = nullptr;
   Unit* units = nullptr;  // of the whole output, row by row; null where none are needed
   Stage stage = Stage::plain;
-  bool counts = true;        // whether this pass adds to the totals
-  bool all_e4m3 = false;     // every operand has codes of f8_e4m3 and whole tiles of one scale, mostly
+  bool counts = true;     // whether this pass adds to the totals
+  bool all_e4m3 = false;  // every operand has codes of f8_e4m3 and whole tiles of one scale, mostly
   std::uint32_t tile_rows = 0, tile_cols = 0;
   std::uint32_t tiles_across = 0;
   std::uint32_t unit_rows = 0, unit_cols = 0;  // of the output, clamped to the region
@@ -71,13 +71,20 @@ PARAMDELTA_DEVICE std::uint32_t grid_place(std::uint32_t at, std::uint32_t phase
   return unit == 0 ? 0 : (at + phase) / unit;
 }
 
-PARAMDELTA_DEVICE void prepare_plane(const Matrix& matrix, const Tile& tile, TilePlane& plane) {
+// What differs from element to element only in odd grids, or is rare, is a call: compiled once, not for each element.
+PARAMDELTA_DEVICE_CALL double scale_of(const Matrix& matrix, std::uint32_t row, std::uint32_t col) {
+  return scale_at(matrix.scales, row, col);
+}
+
+PARAMDELTA_DEVICE_CALL void prepare_plane(const Matrix& matrix, const Tile& tile, TilePlane& plane) {
   const Scales& s = matrix.scales;
-  const bool rows = grid_place(tile.row, s.row_phase, s.rows) == grid_place(tile.row + tile.rows - 1, s.row_phase, s.rows);
-  const bool cols = grid_place(tile.col, s.col_phase, s.cols) == grid_place(tile.col + tile.cols - 1, s.col_phase, s.cols);
+  const bool rows =
+      grid_place(tile.row, s.row_phase, s.rows) == grid_place(tile.row + tile.rows - 1, s.row_phase, s.rows);
+  const bool cols =
+      grid_place(tile.col, s.col_phase, s.cols) == grid_place(tile.col + tile.cols - 1, s.col_phase, s.cols);
   plane.one_scale = s.data == nullptr || (rows && cols);
   plane.group_scale = s.cols == 0 || (s.cols % kGroup == 0 && (s.col_phase + tile.col) % kGroup == 0);
-  plane.scale = plane.one_scale ? scale_at(s, tile.row, tile.col) : 0.0;
+  plane.scale = plane.one_scale ? scale_of(matrix, tile.row, tile.col) : 0.0;
 }
 
 // A group: kGroup columns of a row, of which `n` exist.
@@ -94,7 +101,8 @@ PARAMDELTA_DEVICE void read_codes_as(const unsigned char* from, int n, double* v
     load_codes<static_cast<int>(kGroup)>(from, codes);
   } else {
     PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k) codes[k] = k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
+    for (int k = 0; k < static_cast<int>(kGroup); ++k)
+      codes[k] = k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
   }
   PARAMDELTA_UNROLL
   for (int k = 0; k < static_cast<int>(kGroup); ++k) values[k] = widen<D>(codes[k]);
@@ -125,7 +133,8 @@ PARAMDELTA_DEVICE void read_nibbles(const unsigned char* from, Codec codec, doub
   PARAMDELTA_UNROLL
   for (int k = 0; k < static_cast<int>(kGroup); ++k) {
     const std::uint32_t code = word >> (4 * k) & 15u;
-    values[k] = codec == Codec::f4 ? static_cast<double>(widen_f4(code)) : static_cast<double>(static_cast<int>(code) - 8);
+    values[k] =
+        codec == Codec::f4 ? static_cast<double>(widen_f4(code)) : static_cast<double>(static_cast<int>(code) - 8);
   }
 }
 
@@ -164,13 +173,13 @@ PARAMDELTA_DEVICE void read_group(const Matrix& matrix, const TilePlane& plane, 
   read_codes<kE4m3>(matrix, group, values);
   if (matrix.scales.data == nullptr) return;
   if (plane.one_scale || plane.group_scale) {
-    const double scale = plane.one_scale ? plane.scale : scale_at(matrix.scales, group.row, group.col);
+    const double scale = plane.one_scale ? plane.scale : scale_of(matrix, group.row, group.col);
     PARAMDELTA_UNROLL
     for (int k = 0; k < static_cast<int>(kGroup); ++k) values[k] = values[k] * scale;
   } else {
     PARAMDELTA_UNROLL
     for (int k = 0; k < static_cast<int>(kGroup); ++k)
-      if (k < group.n) values[k] = values[k] * scale_at(matrix.scales, group.row, group.col + static_cast<std::uint32_t>(k));
+      if (k < group.n) values[k] = values[k] * scale_of(matrix, group.row, group.col + static_cast<std::uint32_t>(k));
   }
 }
 
@@ -203,7 +212,8 @@ PARAMDELTA_DEVICE void merge_group(const ScaledParams& params, const TilePlane* 
       for (int side = 0; side < 2; ++side) {  // rolled, so that the reads of every codec are there once
         PARAMDELTA_UNROLL
         for (int k = 0; k < static_cast<int>(kGroup); ++k) post[k] = side == 0 ? 0.0 : base[k];
-        read_group<false>(side == 0 ? term.post : term.base, planes[1 + 2 * t + static_cast<std::size_t>(side)], group, base);
+        read_group<false>(side == 0 ? term.post : term.base, planes[1 + 2 * t + static_cast<std::size_t>(side)], group,
+                          base);
       }
     }
     PARAMDELTA_UNROLL
@@ -233,13 +243,18 @@ PARAMDELTA_DEVICE void merge_group(const ScaledParams& params, const TilePlane* 
 // rounded_value() of core/scaled_literal.hpp.
 PARAMDELTA_DEVICE float round_value(const Recipe& recipe, double acc) {
   if (!recipe.values_bf16) return static_cast<float>(acc);
-  if (!is_ordinary<DType::bf16>(acc)) return rounded_value(recipe, acc);
+  if (!is_ordinary<DType::bf16>(acc)) {  // NaN, or Inf after overflow too
+    const float single = static_cast<float>(acc);
+    return single != single ? single : single * bits_as<float>(0x7F800000u);
+  }
   return bits_as<float>(static_cast<std::uint32_t>(narrow<DType::bf16>(acc)) << 16);
 }
 
 // encode_code() of core/quantise.hpp.
+PARAMDELTA_DEVICE_CALL std::uint32_t odd_code(Codec codec, float y) { return encode_code(codec, y); }
+
 PARAMDELTA_DEVICE std::uint32_t quick_code(Codec codec, float y) {
-  if (codec != Codec::f8_e4m3) return encode_code(codec, y);
+  if (codec != Codec::f8_e4m3) return odd_code(codec, y);
   const std::uint32_t bits = bits_as<std::uint32_t>(y);
   const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return 0x7F;
@@ -247,14 +262,21 @@ PARAMDELTA_DEVICE std::uint32_t quick_code(Codec codec, float y) {
   return narrow_float<DType::f8_e4m3>(bits_as<float>((bits & 0x80000000u) | held));
 }
 
+PARAMDELTA_DEVICE_CALL std::uint32_t copied_code(const ScaledMerge& job, std::uint32_t row, std::uint32_t col) {
+  return static_cast<std::uint32_t>(code_at(job.new_base, row, col));
+}
+
+PARAMDELTA_DEVICE_CALL void tell_unit(Unit& unit, std::uint32_t largest, std::uint32_t touched) {
+  if (largest > seen(&unit.largest)) atomic_max(&unit.largest, largest);
+  if (touched != 0 && seen(&unit.touched) == 0) atomic_or(&unit.touched, 1u);
+}
+
 // What a thread has gathered of one unit before it tells the others.
 struct Gathered {
   std::uint32_t unit = kNoUnit, largest = 0, touched = 0;
 
   PARAMDELTA_DEVICE void tell(Unit* units) const {
-    if (unit == kNoUnit) return;
-    if (largest > seen(&units[unit].largest)) atomic_max(&units[unit].largest, largest);
-    if (touched != 0 && seen(&units[unit].touched) == 0) atomic_or(&units[unit].touched, 1u);
+    if (unit != kNoUnit) tell_unit(units[unit], largest, touched);
   }
   PARAMDELTA_DEVICE void add(Unit* units, std::uint32_t to, std::uint32_t magnitude, std::uint32_t touch) {
     if (to != unit) {
@@ -266,8 +288,8 @@ struct Gathered {
   }
 };
 
-PARAMDELTA_DEVICE void add_totals(const Counts& counts, const Gathered& all, double error, double value,
-                                  ScaledTotals* totals) {
+PARAMDELTA_DEVICE_CALL void add_totals(const Counts& counts, const Gathered& all, double error, double value,
+                                       ScaledTotals* totals) {
   if (counts.nan != 0) atomic_add(&totals->nan, counts.nan);
   if (counts.inf != 0) atomic_add(&totals->inf, counts.inf);
   if (counts.overflow != 0) atomic_add(&totals->overflow, counts.overflow);
@@ -350,7 +372,7 @@ PARAMDELTA_DEVICE void encode_group(const ScaledParams& params, const Group& gro
     const Unit& unit = *units[k];
     const float y = multiply ? x[k] * unit.scale.factor : x[k] / unit.scale.factor;
     if (unit.copied != 0)
-      codes[k] = static_cast<std::uint32_t>(code_at(job.new_base, group.row, group.col + static_cast<std::uint32_t>(k)));
+      codes[k] = copied_code(job, group.row, group.col + static_cast<std::uint32_t>(k));
     else
       codes[k] = quick_code(recipe.codec, is_inf(x[k]) ? x[k] : y);
     lost.add(&unit, near_value(recipe.codec, codes[k]), y);
@@ -358,7 +380,7 @@ PARAMDELTA_DEVICE void encode_group(const ScaledParams& params, const Group& gro
   store_group(job, group, codes);
 }
 
-PARAMDELTA_DEVICE void choose_unit(const ScaledParams& params, std::uint32_t row, std::uint32_t col, Unit& unit) {
+PARAMDELTA_DEVICE_CALL void choose_unit(const ScaledParams& params, std::uint32_t row, std::uint32_t col, Unit& unit) {
   const ScaledMerge& job = params.job;
   const Scales& from = job.new_base.scales;
   const bool keeping = keeps(job);
@@ -367,15 +389,18 @@ PARAMDELTA_DEVICE void choose_unit(const ScaledParams& params, std::uint32_t row
       choose(job, keeping ? &stored : nullptr, unit.touched != 0, bits_as<float>(unit.largest), unit.misfit == 0);
   unit.scale = choice.scale;
   unit.copied = choice.copied ? 1 : 0;
-  if (!job.given)
-    store_scale(job.recipe.scale_dtype, job.out_scales, unit_index(job, row, col), choice.scale.stored);
+  if (!job.given) store_scale(job.recipe.scale_dtype, job.out_scales, unit_index(job, row, col), choice.scale.stored);
 }
 
 PARAMDELTA_DEVICE bool asks_fit(const ScaledMerge& job) { return keeps(job) && job.recipe.codec == Codec::i4; }
 
-PARAMDELTA_DEVICE float kept_scale(const ScaledMerge& job, std::uint32_t row, std::uint32_t col) {
+// Notes where the code of x would not fit the scale kept.
+PARAMDELTA_DEVICE_CALL void check_fit(const ScaledMerge& job, std::uint32_t row, std::uint32_t col, float x,
+                                      Unit& unit) {
+  if (!is_finite(x) || seen(&unit.misfit) != 0) return;
   const Scales& from = job.new_base.scales;
-  return decode_scale(from.dtype, load_scale(from.dtype, from.data, scale_index(from, row, col)));
+  const float scale = decode_scale(from.dtype, load_scale(from.dtype, from.data, scale_index(from, row, col)));
+  if (!fits_i4(x, scale)) atomic_or(&unit.misfit, 1u);
 }
 
 struct SharedLayout {
@@ -436,7 +461,8 @@ struct UnitsKernel {
 
     block.each([&](int thread) {
       prepare_planes(params, tile, thread, shared.planes);
-      for (std::uint32_t u = static_cast<std::uint32_t>(thread); u < n_units; u += kScaledThreads) shared.units[u] = Unit{};
+      for (std::uint32_t u = static_cast<std::uint32_t>(thread); u < n_units; u += kScaledThreads)
+        shared.units[u] = Unit{};
     });
     block.each([&](int thread) {
       Counts counts;
@@ -462,9 +488,8 @@ struct UnitsKernel {
       block.each([&](int thread) {
         each_group(tile, thread, [&](std::uint32_t index, const Group& group) {
           for (int k = 0; k < group.n; ++k) {
-            const float x = shared.values[index + static_cast<std::uint32_t>(k)];
-            const float scale = kept_scale(job, group.row, group.col + static_cast<std::uint32_t>(k));
-            if (is_finite(x) && !fits_i4(x, scale)) atomic_or(&shared.units[unit_of(group, k)].misfit, 1u);
+            check_fit(job, group.row, group.col + static_cast<std::uint32_t>(k),
+                      shared.values[index + static_cast<std::uint32_t>(k)], shared.units[unit_of(group, k)]);
           }
         });
       });
@@ -497,7 +522,19 @@ struct UnitsKernel {
   }
 };
 
-// Plain output: acc of a group rounded once. Returns which elements are not ordinary.
+// Plain output of one element that is NaN, infinite or overflows.
+PARAMDELTA_DEVICE_CALL void store_odd(const ScaledParams& params, std::uint32_t row, std::uint32_t col, Sum sum,
+                                      unsigned char* to, Counts& counts) {
+  const ScaledMerge& job = params.job;
+  std::uint64_t code = 0;
+  const bool overflow = store_at(job.out_dtype, sum.acc, &code);
+  count(counts, sum.acc, overflow);
+  if (!sum.touched && keeps_bits(job)) code = code_at(job.new_base, row, col);
+  if (params.stage == Stage::plain)
+    for (std::size_t i = 0; i < size_of(job.out_dtype); ++i) to[i] = static_cast<unsigned char>(code >> (8 * i));
+}
+
+// Plain output: acc of a group rounded once.
 template <DType D>
 PARAMDELTA_DEVICE void store_plain_as(const ScaledParams& params, const Group& group, const double* acc,
                                       std::uint32_t touched, Counts& counts) {
@@ -519,15 +556,12 @@ PARAMDELTA_DEVICE void store_plain_as(const ScaledParams& params, const Group& g
   PARAMDELTA_UNROLL
   for (int k = 0; k < static_cast<int>(kGroup); ++k) {
     if (k >= group.n) continue;
-    Code code = codes[k];
-    if (!is_ordinary<D>(acc[k])) {
-      const Encoded<D> encoded = encode<D>(acc[k]);
-      code = encoded.code;
-      count(counts, acc[k], encoded.overflow);
-      if ((touched >> k & 1u) == 0 && keeps_bits(job))
-        code = static_cast<Code>(code_at(job.new_base, group.row, group.col + static_cast<std::uint32_t>(k)));
-    }
-    if (params.stage == Stage::plain) std::memcpy(to + static_cast<std::size_t>(k) * sizeof(Code), &code, sizeof(code));
+    unsigned char* at = to + static_cast<std::size_t>(k) * sizeof(Code);
+    if (!is_ordinary<D>(acc[k]))
+      store_odd(params, group.row, group.col + static_cast<std::uint32_t>(k), Sum{acc[k], (touched >> k & 1u) != 0}, at,
+                counts);
+    else if (params.stage == Stage::plain)
+      std::memcpy(at, codes + k, sizeof(Code));
   }
 }
 
@@ -589,9 +623,8 @@ struct TilesKernel {
           const std::uint32_t unit = unit_of(group, k);
           units[k] = params.units + unit;
           if (params.stage == Stage::measure) gathered.add(params.units, unit, magnitude, touched >> k & 1u);
-          if (params.stage == Stage::fit && is_finite(x[k]) && seen(&params.units[unit].misfit) == 0 &&
-              !fits_i4(x[k], kept_scale(job, group.row, group.col + static_cast<std::uint32_t>(k))))
-            atomic_or(&params.units[unit].misfit, 1u);
+          if (params.stage == Stage::fit)
+            check_fit(job, group.row, group.col + static_cast<std::uint32_t>(k), x[k], params.units[unit]);
         }
         if (params.stage == Stage::encode) encode_group(params, group, x, units, lost);
       });

@@ -29,7 +29,8 @@ DType dtype_of(int code) {
 }
 
 // new_base, [post, base, …], out, count, counts
-using TensorTuple = std::tuple<std::uintptr_t, std::vector<std::uintptr_t>, std::uintptr_t, std::uint64_t, std::uintptr_t>;
+using TensorTuple =
+    std::tuple<std::uintptr_t, std::vector<std::uintptr_t>, std::uintptr_t, std::uint64_t, std::uintptr_t>;
 
 void merge(int new_base, const std::vector<std::tuple<int, int, double>>& terms, int out,
            const std::vector<TensorTuple>& tensors, int device, std::uintptr_t stream) {
@@ -115,7 +116,7 @@ PYBIND11_MODULE(PARAMDELTA_CUDA_MODULE, module) {
   py::register_exception<cuda::DeviceError>(module, "DeviceError", PyExc_RuntimeError);
   module.def("why_not", &cuda::why_not, "Return '' where a device can be used, else why not, in CUDA's words.");
   module.def("devices", &devices, "Return what the devices are.");
-  module.def("targets", &cuda::targets, "Return the architectures there is machine code for; negative: PTX.");
+  module.def("targets", &cuda::targets, "Return the architectures there is machine code for; of the last, PTX too.");
   module.def("on_host", &cuda::on_host, "Return whether this build runs the bodies of kernels on the host.");
   module.def("most_terms", &cuda::most_terms, "Return how many terms a merge can have.");
   module.def("merge", &merge, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("out"), py::arg("tensors"),
@@ -125,16 +126,17 @@ PYBIND11_MODULE(PARAMDELTA_CUDA_MODULE, module) {
   const std::pair<std::uint32_t, std::uint32_t> whole(0, 0);
   module.attr("TOTALS_BYTES") = sizeof(cuda::ScaledTotals);
   module.def("most_scaled_terms", &cuda::most_scaled_terms, "Return how many terms merge_scaled can have.");
-  module.def("workspace_bytes", &workspace_bytes, py::kw_only(), py::arg("new_base"), py::arg("terms"),
-             py::arg("rows"), py::arg("cols"), py::arg("out_dtype") = none, py::arg("recipe") = none,
-             py::arg("grid") = whole, py::arg("second") = 1.0f, py::arg("given") = none, py::arg("keep") = false,
-             py::arg("measure") = false, "Return the device memory that merge_scaled needs beside its operands.");
-  module.def("merge_scaled", &merge_scaled, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("rows"),
+  module.def("workspace_bytes", &workspace_bytes, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("rows"),
              py::arg("cols"), py::arg("out_dtype") = none, py::arg("recipe") = none, py::arg("grid") = whole,
              py::arg("second") = 1.0f, py::arg("given") = none, py::arg("keep") = false, py::arg("measure") = false,
-             py::arg("out") = std::pair<Address, std::ptrdiff_t>(0, 0),
-             py::arg("out_scales") = std::pair<Address, std::ptrdiff_t>(0, 0), py::arg("totals"),
-             py::arg("workspace") = 0, py::arg("device"), py::arg("stream"),
-             "Enqueue a merge of matrices of codes and scales; totals are (nan, inf, overflow: u64; touched, amax: u32; "
-             "error², value²: f64), and added to.");
+             "Return the device memory that merge_scaled needs beside its operands.");
+  module.def(
+      "merge_scaled", &merge_scaled, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("rows"),
+      py::arg("cols"), py::arg("out_dtype") = none, py::arg("recipe") = none, py::arg("grid") = whole,
+      py::arg("second") = 1.0f, py::arg("given") = none, py::arg("keep") = false, py::arg("measure") = false,
+      py::arg("out") = std::pair<Address, std::ptrdiff_t>(0, 0),
+      py::arg("out_scales") = std::pair<Address, std::ptrdiff_t>(0, 0), py::arg("totals"), py::arg("workspace") = 0,
+      py::arg("device"), py::arg("stream"),
+      "Enqueue a merge of matrices of codes and scales; totals are (nan, inf, overflow: u64; touched, amax: u32; "
+      "error², value²: f64), and added to.");
 }

@@ -27,7 +27,7 @@ using RecipeTuple = std::tuple<int, int, int, bool, bool, float, float, float>;
 
 // In the order of CODECS and RULES in paramdelta/formats.py.
 inline constexpr const char* kCodecNames[kCodecCount] = {"bf16",    "f16",         "f32",         "f64", "f8_e4m3",
-                                                  "f8_e5m2", "f8_e4m3fnuz", "f8_e5m2fnuz", "f4",  "i4"};
+                                                         "f8_e5m2", "f8_e4m3fnuz", "f8_e5m2fnuz", "f4",  "i4"};
 inline constexpr const char* kRuleNames[] = {"ratio", "ceil2", "near2", "inverse", "nv_multiply", "nv_divide"};
 inline constexpr int kRuleCount = sizeof(kRuleNames) / sizeof(kRuleNames[0]);
 
@@ -95,10 +95,10 @@ inline Recipe recipe_of(const RecipeTuple& from) {
   return recipe;
 }
 
-inline ScaledMerge job_of(const MatrixTuple& new_base, const std::vector<TermTuple>& terms, std::size_t rows, std::size_t cols,
-                   const std::optional<int>& out_dtype, const std::optional<RecipeTuple>& recipe,
-                   std::pair<std::uint32_t, std::uint32_t> grid, float second, std::optional<float> given,
-                   std::vector<MatrixTerm>& list) {
+inline ScaledMerge job_of(const MatrixTuple& new_base, const std::vector<TermTuple>& terms, std::size_t rows,
+                          std::size_t cols, const std::optional<int>& out_dtype,
+                          const std::optional<RecipeTuple>& recipe, std::pair<std::uint32_t, std::uint32_t> grid,
+                          float second, std::optional<float> given, std::vector<MatrixTerm>& list) {
   for (const auto& [post, base, alpha] : terms) list.push_back({matrix_of(post), matrix_of(base), alpha});
   ScaledMerge job;
   job.new_base = matrix_of(new_base);
