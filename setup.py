@@ -11,7 +11,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # build front ends leave it out
-import setup_cuda  # noqa: E402
+import setup_cuda
 
 # -ffp-contract=off: a fused multiply-add rounds once where the contract rounds twice.
 # -fno-math-errno / -fno-trapping-math change no value; they let loops vectorise.

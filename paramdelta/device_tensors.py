@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from paramdelta import backends
 from paramdelta.backends import Counts, cuda
 from paramdelta.dtypes import DType
 from paramdelta.errors import OperandError
-from paramdelta.tensors import Tensor, allocate, read_operand, read_out, same_shape
+from paramdelta.tensors import Tensor, allocate, read_out, same_shape
 
 
 class PendingCounts:
@@ -64,15 +60,6 @@ class PendingCounts:
         return f"PendingCounts(tensor={self.tensor!r})"
 
 
-@dataclass(frozen=True)
-class Request:
-    """One merge: new_base, the terms as (post, base, alpha), and out, as the user passed them."""
-
-    new_base: Any
-    terms: Sequence[tuple[Any, Any, float]]
-    out: Any
-
-
 def is_on_device(x: Any) -> bool:
     """Return whether ``x`` is a tensor in CUDA memory."""
     torch = sys.modules.get("torch")
@@ -88,15 +75,23 @@ def merge(
 
 
 def merge_many(
-    merges: Sequence[tuple[Tensor, Sequence[tuple[Tensor, Tensor, float]]]], outs: Sequence[Any] | None, dtype: DType | None
+    merges: Sequence[tuple[Tensor, Sequence[tuple[Tensor, Tensor, float]]]],
+    outs: Sequence[Any] | None,
+    dtype: DType | None,
 ) -> tuple[list[Any], Any]:
     """Enqueue many merges, those of one signature in as few launches as fit.
 
     Returns the outputs, and a tensor [n, 3] of int64 with the counts of each on the device.
     """
     torch = sys.modules["torch"]
-    first = merges[0][0].source
-    backends.get(backends.choose("merge", device=first.device.type))
+    first = next(
+        t.source
+        for new, terms in merges
+        for t in (new, *(x for p, b, _ in terms for x in (p, b)))
+        if t.kind == "cuda" or t.source is not None
+    )
+    if first.device.type == "cuda":
+        backends.choose("merge", device="cuda")
     counts = torch.zeros((len(merges), 3), dtype=torch.int64, device=first.device)
     batches: dict[Any, list[cuda.Tensor]] = {}
     alive: list[Any] = []  # until all is enqueued; from then on the order of the stream keeps memory from being reused
@@ -105,17 +100,17 @@ def merge_many(
         operands = [new_base, *(t for post, base, _ in terms for t in (post, base))]
         same_shape(operands)
         for operand in operands:
-            if operand.source.device != first.device:
+            if _device(operand) != first.device:
                 raise OperandError(
-                    f"{operand.name}: is on {operand.source.device}, but new_base is on {first.device}; "
+                    f"{operand.name}: is on {_device(operand)}, but {merges[0][0].name} is on {first.device}; "
                     "move one to the other's device first"
                 )
         if outs is None:
             target, result = allocate(new_base, dtype or new_base.dtype)
         else:
             target, result = read_out(outs[k], operands, dtype), outs[k]
-            if target.source.device != first.device:
-                raise OperandError(f"out: is on {target.source.device}, but new_base is on {first.device}")
+            if _device(target) != first.device:
+                raise OperandError(f"out: is on {_device(target)}, but {merges[0][0].name} is on {first.device}")
         results.append(result)
         sources = [t.source.contiguous() for t in operands]
         dense = result if result.is_contiguous() else torch.empty_like(result, memory_format=torch.contiguous_format)
@@ -146,3 +141,8 @@ def place_of(tensor: Any) -> tuple[int, int]:
         return 0, 0
     torch = sys.modules["torch"]
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _device(tensor: Tensor) -> Any:
+    """Return a tensor's device, or what an array is."""
+    return "the CPU (a NumPy array)" if tensor.source is None else tensor.source.device

@@ -184,7 +184,9 @@ def run(
     return Ran(codes, scales, result[:3], *result[3:])
 
 
-def call(kernels: str, written: Sequence[np.ndarray[Any, Any]], threads: int, *, measure: bool = False, **job: Any) -> Any:
+def call(
+    kernels: str, written: Sequence[np.ndarray[Any, Any]], threads: int, *, measure: bool = False, **job: Any
+) -> Any:
     """Call the kernels: an instruction set of the CPU, or one of ``cuda_calls.KERNELS``, which know no threads."""
     if kernels in cuda_calls.KERNELS:
         return cuda_calls.merge_scaled(kernels, [*written, *_ALIVE.values()], written, measure=measure, **job)

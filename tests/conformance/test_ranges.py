@@ -52,7 +52,9 @@ def test_every_tail(kernels: str, dtype: DType, alpha: float, streamed: bool) ->
     for size in range(1101):
         # The bytes behind the output must stay as they are.
         memory = np.full(1200, 0x2A, post.dtype)
-        got = run(reference.Array(new_base, dtype), terms, dtype, kernels=kernels, streamed=streamed, out=memory, count=size)
+        got = run(
+            reference.Array(new_base, dtype), terms, dtype, kernels=kernels, streamed=streamed, out=memory, count=size
+        )
         assert np.array_equal(got.codes[:size], want.codes[:size]), size
         assert (memory[size:] == 0x2A).all(), size
 
