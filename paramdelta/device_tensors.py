@@ -84,12 +84,8 @@ def merge_many(
     Returns the outputs, and a tensor [n, 3] of int64 with the counts of each on the device.
     """
     torch = sys.modules["torch"]
-    first = next(
-        t.source
-        for new, terms in merges
-        for t in (new, *(x for p, b, _ in terms for x in (p, b)))
-        if t.kind == "cuda" or t.source is not None
-    )
+    every = [t for new_base, terms in merges for t in (new_base, *(x for post, base, _ in terms for x in (post, base)))]
+    first = next(t.source for t in every if t.source is not None)
     if first.device.type == "cuda":
         backends.choose("merge", device="cuda")
     counts = torch.zeros((len(merges), 3), dtype=torch.int64, device=first.device)

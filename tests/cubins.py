@@ -1,4 +1,4 @@
-"""Reads which kernels a file built by nvcc holds machine code for: the ELF images of devices inside it, by architecture.
+"""Reads which kernels a file built by nvcc holds, by architecture: from the ELF images of devices inside it.
 
 Needs uncompressed images (--no-compress), and none of the toolkit's programs.
 """
