@@ -34,7 +34,7 @@ class Tensor(NamedTuple):
     new_base: int
     pairs: tuple[int, ...]
     out: int
-    count: int
+    elements: int
     counts: int
 
 

@@ -1,4 +1,4 @@
-"""What this installation can do here: the version, every backend and why it cannot run, threads. ``paramdelta info``."""
+"""``paramdelta info``: the version, the threads, and every backend, with why it cannot run here."""
 
 from __future__ import annotations
 
