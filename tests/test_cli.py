@@ -219,8 +219,8 @@ def test_help_teaches(tmp_path: Path) -> None:
         assert "--json" in run(command, "--help", cwd=tmp_path).stdout
 
 
-def test_info_says_why_a_backend_does_not_run() -> None:
-    done = run("info", "--json")
+def test_info_says_why_a_backend_does_not_run(tmp_path: Path) -> None:
+    done = run("info", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["kind"] == "info"
@@ -228,6 +228,6 @@ def test_info_says_why_a_backend_does_not_run() -> None:
     assert "scalar" in document["backends"]["cpu"]["variants"]
     cuda = document["backends"]["cuda"]
     assert cuda["available"] == (cuda["why_not"] is None)
-    told = run("info").stdout
+    told = run("info", cwd=tmp_path).stdout
     assert "cpu: scalar" in told
     assert cuda["available"] or f"cuda: not available: {cuda['why_not']}" in told
