@@ -118,7 +118,7 @@ def _with_stage(options: engine.EngineOptions, device: str) -> engine.EngineOpti
     reason = backends.why_not("cuda")
     if reason is not None:
         raise BackendError(f"--device {device}: {reason}; --device cpu gives the same bytes")
-    number = int(device.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))
+    number = int(device.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
     return replace(options, device=f"cuda:{number}", stage=_cuda().stage(number))
 
 

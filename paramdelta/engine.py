@@ -60,8 +60,9 @@ class EngineOptions:
     bytes for all slots together, None for what the files ask for: 1 MiB a worker, 8 MiB where it waits for storage, and
     no more than an eighth of what is free. ``isa``: ``scalar``, ``avx2`` or ``avx512``; None for the best this machine
     has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`. ``device``: ``cpu``, ``cuda``,
-    ``cuda:N``, or ``auto`` (:mod:`paramdelta.devices`), and ``device_why`` it is that. ``stage``: what computes, None for that of ``device``: an
-    object with ``merge(worker, jobs)`` (:mod:`paramdelta.stages`), or the capsule of an extension.
+    ``cuda:N``, or ``auto`` (:mod:`paramdelta.devices`), and ``device_why`` it is that. ``stage``: what computes, None
+    for that of ``device``: an object with ``merge(worker, jobs)`` (:mod:`paramdelta.stages`), or the capsule of an
+    extension.
     """
 
     threads: int | None = None

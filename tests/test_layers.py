@@ -37,6 +37,7 @@ LAYERS = [
     ("plan",),
     ("checkpoint",),
     ("ops", "scaled"),
+    ("device_tensors",),
     ("tensors",),
     ("storage", "stages"),
     ("backends",),
@@ -45,7 +46,7 @@ LAYERS = [
     ("reference",),
     ("formats",),
     ("ranks",),
-    ("dtypes", "errors", "_cpu"),
+    ("dtypes", "errors", "_cpu", "_cuda"),
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
@@ -119,7 +120,8 @@ def test_help_needs_no_numpy() -> None:
         ("core", {"core"}),
         ("cpu", {"core", "cpu"}),
         ("io", {"core", "cpu", "io"}),
-        ("python", {"core", "cpu", "io", "python"}),
+        ("cuda", {"core", "cuda"}),
+        ("python", {"core", "cpu", "cuda", "io", "python"}),
     ],
 )
 def test_cpp_layers_include_only_downwards(folder: str, allowed: set[str]) -> None:

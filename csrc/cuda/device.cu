@@ -93,8 +93,10 @@ OnDevice::~OnDevice() {}
 namespace paramdelta::cuda {
 
 std::vector<int> targets() {
-#if defined(PARAMDELTA_CUDA_TARGETS)
-  return {PARAMDELTA_CUDA_TARGETS};
+#if defined(__CUDA_ARCH_LIST__)
+  std::vector<int> found{__CUDA_ARCH_LIST__};
+  for (int& target : found) target /= 10;
+  return found;
 #else
   return {};
 #endif

@@ -35,7 +35,7 @@ std::string why_not();
 
 std::vector<Device> devices();
 
-// The architectures that machine code was built for, such as 90, then, negative, those there is PTX for.
+// The architectures that machine code was built for, such as 90; of the last there is PTX too.
 std::vector<int> targets();
 
 // Whether this is the build that runs kernel bodies on the host.

@@ -6,383 +6,9 @@
 // What is not finite is merged literally by the thread that meets it.
 #pragma once
 
-#include "core/scaled_literal.hpp"
-#include "cuda/launch.hpp"
-#include "cuda/rounding.hpp"
-#include "cuda/scaled.hpp"
+#include "cuda/scaled_codes.hpp"
 
 namespace paramdelta::cuda {
-
-inline constexpr int kScaledThreads = 256;
-inline constexpr std::size_t kMostScaledTerms = 16;
-inline constexpr std::uint32_t kGroup = 8;
-inline constexpr std::uint32_t kKeptValues = 16384;  // of a tile in shared memory, as binary32
-inline constexpr std::uint32_t kMostUnits = 512;     // of a tile
-inline constexpr std::uint32_t kNoUnit = 0xFFFFFFFFu;
-
-// What is known of a unit: bits of the largest finite |x|, whether it is touched, whether a code of i4 would not fit
-// the scale kept; and then what it becomes.
-struct Unit {
-  std::uint32_t largest, touched, misfit, copied;
-  UnitScale scale;
-};
-
-// An operand over a tile: its scale where that is one number, else looked up per group.
-struct TilePlane {
-  double scale;
-  std::uint32_t one_scale;
-  std::uint32_t group_scale;  // the columns of a group have one
-};
-
-enum class Stage : std::uint8_t { measure, fit, encode, plain };
-
-struct ScaledParams {
-  ScaledMerge job;  // its terms are these
-  MatrixTerm terms[kMostScaledTerms];
-  ScaledTotals* totals = nullptr;
-  Unit* units = nullptr;  // of the whole output, row by row; null where none are needed
-  Stage stage = Stage::plain;
-  bool counts = true;     // whether this pass adds to the totals
-  bool all_e4m3 = false;  // every operand has codes of f8_e4m3 and whole tiles of one scale, mostly
-  std::uint32_t tile_rows = 0, tile_cols = 0;
-  std::uint32_t tiles_across = 0;
-  std::uint32_t unit_rows = 0, unit_cols = 0;  // of the output, clamped to the region
-  std::uint32_t units_across = 0;              // in the whole output, or in a tile of UnitsKernel
-};
-
-struct Tile {
-  std::uint32_t row, col, rows, cols;
-};
-
-PARAMDELTA_DEVICE std::uint32_t least(std::uint32_t a, std::uint32_t b) { return a < b ? a : b; }
-
-PARAMDELTA_DEVICE Tile tile_of(const ScaledParams& params, std::uint32_t block) {
-  const std::uint32_t across = block % params.tiles_across, down = block / params.tiles_across;
-  Tile tile;
-  tile.row = down * params.tile_rows;
-  tile.col = across * params.tile_cols;
-  tile.rows = least(params.tile_rows, static_cast<std::uint32_t>(params.job.rows) - tile.row);
-  tile.cols = least(params.tile_cols, static_cast<std::uint32_t>(params.job.cols) - tile.col);
-  return tile;
-}
-
-// The place of a row or column in a grid.
-PARAMDELTA_DEVICE std::uint32_t grid_place(std::uint32_t at, std::uint32_t phase, std::uint32_t unit) {
-  return unit == 0 ? 0 : (at + phase) / unit;
-}
-
-PARAMDELTA_DEVICE void prepare_plane(const Matrix& matrix, const Tile& tile, TilePlane& plane) {
-  const Scales& s = matrix.scales;
-  const bool rows =
-      grid_place(tile.row, s.row_phase, s.rows) == grid_place(tile.row + tile.rows - 1, s.row_phase, s.rows);
-  const bool cols =
-      grid_place(tile.col, s.col_phase, s.cols) == grid_place(tile.col + tile.cols - 1, s.col_phase, s.cols);
-  plane.one_scale = s.data == nullptr || (rows && cols);
-  plane.group_scale = s.cols == 0 || (s.cols % kGroup == 0 && (s.col_phase + tile.col) % kGroup == 0);
-  plane.scale = plane.one_scale ? scale_at(s, tile.row, tile.col) : 0.0;
-}
-
-// A group: kGroup columns of a row, of which `n` exist.
-struct Group {
-  std::uint32_t row, col;
-  int n;
-};
-
-template <DType D>
-PARAMDELTA_DEVICE void read_codes_as(const unsigned char* from, int n, double* values) {
-  using Code = typename Format<D>::Code;
-  alignas(16) Code codes[kGroup];
-  if (n == static_cast<int>(kGroup)) {
-    load_codes<static_cast<int>(kGroup)>(from, codes);
-  } else {
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k)
-      codes[k] = k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
-  }
-  PARAMDELTA_UNROLL
-  for (int k = 0; k < static_cast<int>(kGroup); ++k) values[k] = widen<D>(codes[k]);
-}
-
-// Codes of four bits, or of a type that only old hardware has, before their scales.
-PARAMDELTA_DEVICE_CALL void read_odd_codes(const Matrix& matrix, const Group& group, double* values) {
-  PARAMDELTA_ROLLED
-  for (int k = 0; k < static_cast<int>(kGroup); ++k) {
-    values[k] = 0.0;
-    if (k >= group.n) continue;
-    const std::size_t col = group.col + static_cast<std::uint32_t>(k);
-    const int zero = matrix.codec == Codec::i4 ? zero_point_at(matrix.scales, group.row, col) : 8;
-    values[k] = code_value(matrix.codec, code_at(matrix, group.row, col), zero);
-  }
-}
-
-// E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 are a binary32 with one bit of mantissa, up to a power of two.
-PARAMDELTA_DEVICE float widen_f4(std::uint32_t code) {
-  const float power = bits_as<float>((127u + 126u) << 23);
-  return bits_as<float>((code & 8u) << 28 | (code & 7u) << 22) * power;
-}
-
-PARAMDELTA_DEVICE void read_nibbles(const unsigned char* from, Codec codec, double* values) {
-  std::uint32_t word = 0;
-  PARAMDELTA_UNROLL
-  for (int k = 0; k < 4; ++k) word |= static_cast<std::uint32_t>(from[k]) << (8 * k);
-  PARAMDELTA_UNROLL
-  for (int k = 0; k < static_cast<int>(kGroup); ++k) {
-    const std::uint32_t code = word >> (4 * k) & 15u;
-    values[k] =
-        codec == Codec::f4 ? static_cast<double>(widen_f4(code)) : static_cast<double>(static_cast<int>(code) - 8);
-  }
-}
-
-template <bool kE4m3>
-PARAMDELTA_DEVICE void read_codes(const Matrix& matrix, const Group& group, double* values) {
-  const unsigned char* row = row_of(matrix, group.row);
-  if constexpr (kE4m3) {
-    read_codes_as<DType::f8_e4m3>(row + group.col, group.n, values);
-  } else {
-    const std::size_t col = group.col;
-    switch (matrix.codec) {
-      case Codec::bf16: return read_codes_as<DType::bf16>(row + 2 * col, group.n, values);
-      case Codec::f16: return read_codes_as<DType::f16>(row + 2 * col, group.n, values);
-      case Codec::f32: return read_codes_as<DType::f32>(row + 4 * col, group.n, values);
-      case Codec::f64: return read_codes_as<DType::f64>(row + 8 * col, group.n, values);
-      case Codec::f8_e4m3: return read_codes_as<DType::f8_e4m3>(row + col, group.n, values);
-      case Codec::f8_e5m2: return read_codes_as<DType::f8_e5m2>(row + col, group.n, values);
-      case Codec::f4:
-      case Codec::i4:
-        if (group.n == static_cast<int>(kGroup) && col % 2 == 0 && matrix.scales.zero_points == nullptr)
-          return read_nibbles(row + col / 2, matrix.codec, values);
-        return read_odd_codes(matrix, group, values);
-      default: return read_odd_codes(matrix, group, values);
-    }
-  }
-}
-
-// code · scale of a group: each product is exact.
-template <bool kE4m3>
-PARAMDELTA_DEVICE void read_group(const Matrix& matrix, const TilePlane& plane, const Group& group, double* values) {
-  if (matrix.data == nullptr) {
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k) values[k] = 0.0;
-    return;
-  }
-  read_codes<kE4m3>(matrix, group, values);
-  if (matrix.scales.data == nullptr) return;
-  if (plane.one_scale || plane.group_scale) {
-    const double scale = plane.one_scale ? plane.scale : scale_at(matrix.scales, group.row, group.col);
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k) values[k] = values[k] * scale;
-  } else {
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k)
-      if (k < group.n)
-        values[k] = values[k] * scale_at(matrix.scales, group.row, group.col + static_cast<std::uint32_t>(k));
-  }
-}
-
-PARAMDELTA_DEVICE bool is_finite(double x) {
-  const double magnitude = x < 0.0 ? -x : x;
-  return magnitude <= 0x1.FFFFFFFFFFFFFp1023;
-}
-
-PARAMDELTA_DEVICE bool is_finite(float x) { return (bits_as<std::uint32_t>(x) & 0x7FFFFFFFu) < 0x7F800000u; }
-
-PARAMDELTA_DEVICE_CALL Sum sum_literally(const ScaledParams& params, std::uint32_t row, std::uint32_t col) {
-  return sum_at(params.job, params.terms, row, col);
-}
-
-// acc of a group; the bit of each touched element in `touched`. planes[0] is new_base's, then post and base in turn.
-template <bool kE4m3>
-PARAMDELTA_DEVICE void merge_group(const ScaledParams& params, const TilePlane* planes, const Group& group, double* acc,
-                                   std::uint32_t& touched) {
-  touched = 0;
-  read_group<kE4m3>(params.job.new_base, planes[0], group, acc);
-  PARAMDELTA_ROLLED
-  for (std::size_t t = 0; t < params.job.n_terms; ++t) {
-    const MatrixTerm& term = params.terms[t];
-    double post[kGroup], base[kGroup];
-    if constexpr (kE4m3) {
-      read_group<true>(term.post, planes[1 + 2 * t], group, post);
-      read_group<true>(term.base, planes[2 + 2 * t], group, base);
-    } else {
-      PARAMDELTA_ROLLED
-      for (int side = 0; side < 2; ++side) {  // rolled, so that the reads of every codec are there once
-        PARAMDELTA_UNROLL
-        for (int k = 0; k < static_cast<int>(kGroup); ++k) post[k] = side == 0 ? 0.0 : base[k];
-        read_group<false>(side == 0 ? term.post : term.base, planes[1 + 2 * t + static_cast<std::size_t>(side)], group,
-                          base);
-      }
-    }
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k) {
-      const double delta = post[k] - base[k];
-      const double product = term.alpha * delta;
-      const double sum = acc[k] + product;
-      const bool adds = delta != 0.0;
-      acc[k] = adds ? sum : acc[k];
-      touched |= adds ? 1u << k : 0u;
-    }
-  }
-  // A delta of NaN or Inf never yields a finite acc; of equal bits it is none, and this puts it right.
-  PARAMDELTA_UNROLL
-  for (int k = 0; k < static_cast<int>(kGroup); ++k) {
-    if (k >= group.n) {
-      acc[k] = 0.0;
-      touched &= ~(1u << k);
-    } else if (!is_finite(acc[k])) {
-      const Sum sum = sum_literally(params, group.row, group.col + static_cast<std::uint32_t>(k));
-      acc[k] = sum.acc;
-      touched = (touched & ~(1u << k)) | (sum.touched ? 1u << k : 0u);
-    }
-  }
-}
-
-// rounded_value() of core/scaled_literal.hpp.
-PARAMDELTA_DEVICE float round_value(const Recipe& recipe, double acc) {
-  if (!recipe.values_bf16) return static_cast<float>(acc);
-  if (!is_ordinary<DType::bf16>(acc)) return rounded_value(recipe, acc);
-  return bits_as<float>(static_cast<std::uint32_t>(narrow<DType::bf16>(acc)) << 16);
-}
-
-// encode_code() of core/quantise.hpp.
-PARAMDELTA_DEVICE std::uint32_t quick_code(Codec codec, float y) {
-  if (codec != Codec::f8_e4m3) return encode_code(codec, y);
-  const std::uint32_t bits = bits_as<std::uint32_t>(y);
-  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return 0x7F;
-  const std::uint32_t held = magnitude < 0x43E00000u ? magnitude : 0x43E00000u;  // 448
-  return narrow_float<DType::f8_e4m3>(bits_as<float>((bits & 0x80000000u) | held));
-}
-
-// What a thread has gathered of one unit before it tells the others.
-struct Gathered {
-  std::uint32_t unit = kNoUnit, largest = 0, touched = 0;
-
-  PARAMDELTA_DEVICE void tell(Unit* units) const {
-    if (unit == kNoUnit) return;
-    if (largest > seen(&units[unit].largest)) atomic_max(&units[unit].largest, largest);
-    if (touched != 0 && seen(&units[unit].touched) == 0) atomic_or(&units[unit].touched, 1u);
-  }
-  PARAMDELTA_DEVICE void add(Unit* units, std::uint32_t to, std::uint32_t magnitude, std::uint32_t touch) {
-    if (to != unit) {
-      tell(units);
-      *this = Gathered{to, 0, 0};
-    }
-    if (magnitude < 0x7F800000u && magnitude > largest) largest = magnitude;
-    touched |= touch;
-  }
-};
-
-PARAMDELTA_DEVICE void add_totals(const Counts& counts, const Gathered& all, double error, double value,
-                                  ScaledTotals* totals) {
-  if (counts.nan != 0) atomic_add(&totals->nan, counts.nan);
-  if (counts.inf != 0) atomic_add(&totals->inf, counts.inf);
-  if (counts.overflow != 0) atomic_add(&totals->overflow, counts.overflow);
-  if (all.largest > seen(&totals->amax)) atomic_max(&totals->amax, all.largest);
-  if (all.touched != 0 && seen(&totals->touched) == 0) atomic_or(&totals->touched, 1u);
-  if (error != 0.0) atomic_add(&totals->error_squared, error);
-  if (value != 0.0) atomic_add(&totals->value_squared, value);
-}
-
-// What a code of the output stands for in units of its scale.
-PARAMDELTA_DEVICE float near_value(Codec codec, std::uint32_t code) {
-  if (codec == Codec::f8_e4m3) return widen_float<DType::f8_e4m3>(static_cast<std::uint8_t>(code));
-  if (codec == Codec::f4) return widen_f4(code);
-  return static_cast<float>(static_cast<int>(code) - 8);
-}
-
-// For the report: no bit of the output depends on these sums. Squares are added up in units of the scale in binary32,
-// over what a thread sees of one unit.
-struct Lost {
-  const Unit* unit = nullptr;
-  float error_here = 0.0f, value_here = 0.0f;
-  double error = 0.0, value = 0.0;
-
-  PARAMDELTA_DEVICE void settle() {
-    if (unit == nullptr) return;
-    const double squared = static_cast<double>(unit->scale.scale) * static_cast<double>(unit->scale.scale);
-    error += static_cast<double>(error_here) * squared;
-    value += static_cast<double>(value_here) * squared;
-  }
-  // y: x in units of the scale.
-  PARAMDELTA_DEVICE void add(const Unit* of, float near, float y) {
-    if (of != unit) {
-      settle();
-      unit = of;
-      error_here = value_here = 0.0f;
-    }
-    if (!(y > -1e9f && y < 1e9f)) {
-      if (!is_finite(y)) return;
-      const double scale = static_cast<double>(of->scale.scale), e = static_cast<double>(near - y) * scale;
-      error += of->copied != 0 ? 0.0 : e * e;
-      value += static_cast<double>(y) * scale * static_cast<double>(y) * scale;
-      return;
-    }
-    const float e = of->copied != 0 ? 0.0f : near - y;
-    error_here += e * e;
-    value_here += y * y;
-  }
-};
-
-// Writes the codes of a group. Nibbles: the group starts at an even column, and an odd end is that of the row.
-PARAMDELTA_DEVICE void store_group(const ScaledMerge& job, const Group& group, const std::uint32_t* codes) {
-  unsigned char* row = static_cast<unsigned char*>(job.out) + static_cast<std::ptrdiff_t>(group.row) * job.out_pitch;
-  if (bits_of(job.recipe.codec) == 4) {
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); k += 2)
-      if (k < group.n)
-        row[group.col / 2 + static_cast<std::uint32_t>(k) / 2] =
-            static_cast<unsigned char>(codes[k] | (k + 1 < group.n ? codes[k + 1] << 4 : 0u));
-  } else {
-    std::uint8_t bytes[kGroup];
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k) bytes[k] = static_cast<std::uint8_t>(codes[k]);
-    if (group.n == static_cast<int>(kGroup)) return store_codes<static_cast<int>(kGroup)>(bytes, row + group.col);
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < static_cast<int>(kGroup); ++k)
-      if (k < group.n) row[group.col + static_cast<std::uint32_t>(k)] = bytes[k];
-  }
-}
-
-PARAMDELTA_DEVICE void encode_group(const ScaledParams& params, const Group& group, const float* x,
-                                    const Unit* const* units, Lost& lost) {
-  const ScaledMerge& job = params.job;
-  const Recipe& recipe = job.recipe;
-  const bool multiply = multiplies(recipe);
-  std::uint32_t codes[kGroup];
-  PARAMDELTA_UNROLL
-  for (int k = 0; k < static_cast<int>(kGroup); ++k) {
-    codes[k] = 0;
-    if (k >= group.n) continue;
-    const Unit& unit = *units[k];
-    const float y = multiply ? x[k] * unit.scale.factor : x[k] / unit.scale.factor;
-    if (unit.copied != 0)
-      codes[k] =
-          static_cast<std::uint32_t>(code_at(job.new_base, group.row, group.col + static_cast<std::uint32_t>(k)));
-    else
-      codes[k] = quick_code(recipe.codec, is_inf(x[k]) ? x[k] : y);
-    lost.add(&unit, near_value(recipe.codec, codes[k]), y);
-  }
-  store_group(job, group, codes);
-}
-
-PARAMDELTA_DEVICE void choose_unit(const ScaledParams& params, std::uint32_t row, std::uint32_t col, Unit& unit) {
-  const ScaledMerge& job = params.job;
-  const Scales& from = job.new_base.scales;
-  const bool keeping = keeps(job);
-  const std::uint32_t stored = keeping ? load_scale(from.dtype, from.data, scale_index(from, row, col)) : 0;
-  const UnitChoice choice =
-      choose(job, keeping ? &stored : nullptr, unit.touched != 0, bits_as<float>(unit.largest), unit.misfit == 0);
-  unit.scale = choice.scale;
-  unit.copied = choice.copied ? 1 : 0;
-  if (!job.given) store_scale(job.recipe.scale_dtype, job.out_scales, unit_index(job, row, col), choice.scale.stored);
-}
-
-PARAMDELTA_DEVICE bool asks_fit(const ScaledMerge& job) { return keeps(job) && job.recipe.codec == Codec::i4; }
-
-PARAMDELTA_DEVICE float kept_scale(const ScaledMerge& job, std::uint32_t row, std::uint32_t col) {
-  const Scales& from = job.new_base.scales;
-  return decode_scale(from.dtype, load_scale(from.dtype, from.data, scale_index(from, row, col)));
-}
 
 struct SharedLayout {
   Unit* units;
@@ -469,9 +95,8 @@ struct UnitsKernel {
       block.each([&](int thread) {
         each_group(tile, thread, [&](std::uint32_t index, const Group& group) {
           for (int k = 0; k < group.n; ++k) {
-            const float x = shared.values[index + static_cast<std::uint32_t>(k)];
-            const float scale = kept_scale(job, group.row, group.col + static_cast<std::uint32_t>(k));
-            if (is_finite(x) && !fits_i4(x, scale)) atomic_or(&shared.units[unit_of(group, k)].misfit, 1u);
+            check_fit(job, group.row, group.col + static_cast<std::uint32_t>(k),
+                      shared.values[index + static_cast<std::uint32_t>(k)], shared.units[unit_of(group, k)]);
           }
         });
       });
@@ -504,7 +129,19 @@ struct UnitsKernel {
   }
 };
 
-// Plain output: acc of a group rounded once. Returns which elements are not ordinary.
+// Plain output of one element that is NaN, infinite or overflows.
+PARAMDELTA_DEVICE_CALL void store_odd(const ScaledParams& params, std::uint32_t row, std::uint32_t col, Sum sum,
+                                      unsigned char* to, Counts& counts) {
+  const ScaledMerge& job = params.job;
+  std::uint64_t code = 0;
+  const bool overflow = store_at(job.out_dtype, sum.acc, &code);
+  count(counts, sum.acc, overflow);
+  if (!sum.touched && keeps_bits(job)) code = code_at(job.new_base, row, col);
+  if (params.stage == Stage::plain)
+    for (std::size_t i = 0; i < size_of(job.out_dtype); ++i) to[i] = static_cast<unsigned char>(code >> (8 * i));
+}
+
+// Plain output: acc of a group rounded once.
 template <DType D>
 PARAMDELTA_DEVICE void store_plain_as(const ScaledParams& params, const Group& group, const double* acc,
                                       std::uint32_t touched, Counts& counts) {
@@ -526,15 +163,12 @@ PARAMDELTA_DEVICE void store_plain_as(const ScaledParams& params, const Group& g
   PARAMDELTA_UNROLL
   for (int k = 0; k < static_cast<int>(kGroup); ++k) {
     if (k >= group.n) continue;
-    Code code = codes[k];
-    if (!is_ordinary<D>(acc[k])) {
-      const Encoded<D> encoded = encode<D>(acc[k]);
-      code = encoded.code;
-      count(counts, acc[k], encoded.overflow);
-      if ((touched >> k & 1u) == 0 && keeps_bits(job))
-        code = static_cast<Code>(code_at(job.new_base, group.row, group.col + static_cast<std::uint32_t>(k)));
-    }
-    if (params.stage == Stage::plain) std::memcpy(to + static_cast<std::size_t>(k) * sizeof(Code), &code, sizeof(code));
+    unsigned char* at = to + static_cast<std::size_t>(k) * sizeof(Code);
+    if (!is_ordinary<D>(acc[k]))
+      store_odd(params, group.row, group.col + static_cast<std::uint32_t>(k), Sum{acc[k], (touched >> k & 1u) != 0}, at,
+                counts);
+    else if (params.stage == Stage::plain)
+      std::memcpy(at, codes + k, sizeof(Code));
   }
 }
 
@@ -596,9 +230,8 @@ struct TilesKernel {
           const std::uint32_t unit = unit_of(group, k);
           units[k] = params.units + unit;
           if (params.stage == Stage::measure) gathered.add(params.units, unit, magnitude, touched >> k & 1u);
-          if (params.stage == Stage::fit && is_finite(x[k]) && seen(&params.units[unit].misfit) == 0 &&
-              !fits_i4(x[k], kept_scale(job, group.row, group.col + static_cast<std::uint32_t>(k))))
-            atomic_or(&params.units[unit].misfit, 1u);
+          if (params.stage == Stage::fit)
+            check_fit(job, group.row, group.col + static_cast<std::uint32_t>(k), x[k], params.units[unit]);
         }
         if (params.stage == Stage::encode) encode_group(params, group, x, units, lost);
       });

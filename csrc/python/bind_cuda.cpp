@@ -144,7 +144,7 @@ PYBIND11_MODULE(PARAMDELTA_CUDA_MODULE, module) {
   py::register_exception<cuda::DeviceError>(module, "DeviceError", PyExc_RuntimeError);
   module.def("why_not", &cuda::why_not, "Return '' where a device can be used, else why not, in CUDA's words.");
   module.def("devices", &devices, "Return what the devices are.");
-  module.def("targets", &cuda::targets, "Return the architectures there is machine code for; negative: PTX.");
+  module.def("targets", &cuda::targets, "Return the architectures there is machine code for; of the last, PTX too.");
   module.def("on_host", &cuda::on_host, "Return whether this build runs the bodies of kernels on the host.");
   module.def(
       "stage", &stage, py::arg("device"),

@@ -34,7 +34,7 @@ class Tensor(NamedTuple):
     new_base: int
     pairs: tuple[int, ...]
     out: int
-    count: int
+    elements: int
     counts: int
 
 
@@ -55,7 +55,7 @@ def why_not() -> str | None:
     except ImportError as error:
         return f"the extension paramdelta._cuda does not load ({error}); build it again with: {BUILD}"
     reason: str = extension.why_not()
-    return reason or None
+    return f"{reason}; tensors on the CPU, and files, are merged without one" if reason else None
 
 
 def capabilities() -> Capabilities:

@@ -54,6 +54,14 @@ Examples
 """
 
 
+_INFO_EXAMPLES = """
+\b
+Examples
+  paramdelta info
+  paramdelta info --json
+"""
+
+
 class _InOrder(click.Group):
     """Shows commands in the order of a session, not of the alphabet."""
 
@@ -230,6 +238,20 @@ def verify(out: str, memory: str, as_json: bool, quiet: bool, **arguments: Any) 
 
 
 cli.add_command(analysis.analyze)
+
+
+@cli.command(short_help="Show which backends run here, and why others do not.", epilog=_INFO_EXAMPLES)
+@options.output
+def info(as_json: bool, quiet: bool) -> None:
+    """Show the version, the threads that a merge would use, and for each backend its instruction sets or
+    architectures, or why it cannot run here."""
+    from paramdelta.cli import info as facts
+
+    gathered = facts.gather()
+    if as_json:
+        click.echo(json.dumps(gathered, indent=2))
+    elif not quiet:
+        facts.show(gathered)
 
 
 @cli.command(short_help="Make, merge and verify three small checkpoints.")
