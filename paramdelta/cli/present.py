@@ -59,7 +59,8 @@ def engine_options(memory: str, **machine: Any) -> EngineOptions:
     try:
         return EngineOptions(memory=size, **machine)
     except OperandError as error:
-        raise InputError(Complaint("--memory", str(error).removeprefix("memory: "))) from None
+        name, _, text = str(error).partition(": ")
+        raise InputError(Complaint(f"--{name}", text)) from None
 
 
 def rank_report(report: RankReport) -> None:
@@ -94,6 +95,7 @@ def merge_report(report: MergeReport) -> None:
             f"{count(report.threads, 'thread')}, {report.isa}, "
             f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
         ),
+        ("device", report.device + (f": {report.device_why}" if report.device_why else "")),
         ("storage", "; ".join(f"{_files(ways)} {what}" for what, ways in report.io.items() if ways)),
     ]
     rows += vocabulary_rows(report.policies)
