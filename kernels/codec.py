@@ -50,15 +50,19 @@ def power(exponent):
 
 
 @triton.jit
-def pointer(address, FORMAT: tl.constexpr):
-    """Return a pointer to the codes of a format at an address."""
+def pointer(address, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
+    """Return a pointer to the codes of a format at an address, which is a multiple of ALIGN bytes.
+
+    What is known of an integer is forgotten where it becomes a pointer; without the hint every access is of one code.
+    """
     BITS: tl.constexpr = of(FORMAT, "bits")
     if BITS == 8:
-        return address.to(tl.pointer_type(tl.uint8))
+        typed = address.to(tl.pointer_type(tl.uint8))
     elif BITS == 16:
-        return address.to(tl.pointer_type(tl.uint16))
+        typed = address.to(tl.pointer_type(tl.uint16))
     else:
-        return address.to(tl.pointer_type(tl.uint32))
+        typed = address.to(tl.pointer_type(tl.uint32))
+    return tl.multiple_of(typed, ALIGN)
 
 
 @triton.jit

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from paramdelta.kernels import plain
+from paramdelta.kernels.codec import FORMATS
 
 # 128 threads with 8 elements each: a load of 16 bytes of bf16 per thread and operand.
 BLOCK = 1024
 WARPS = 4
 _INF = 0x7FF0000000000000
-# A launch is refused beyond 2^31 − 1 programs; memory for so many elements does not exist.
 
 
 def alpha_bits(alpha: float) -> int:
@@ -35,16 +37,18 @@ def merge(
     *,
     shape: Sequence[int] = (),
     strides: Sequence[Sequence[int]] = (),
+    block: int = BLOCK,
 ) -> None:
     """Launch a merge of ``count`` elements of one format on the current device and stream.
 
-    Addresses are of the device's memory, 0 for zeros; ``counts`` is that of three int64 that NaN, Inf and overflow are
-    added to. ``shape`` and ``strides`` (in elements, for new_base, out, then post and base of each term) are given
-    where operands are not in row-major order. Terms with alpha = 0 must have been left out.
+    Addresses are of the device's memory, 0 for zeros, multiples of an element's size; ``counts`` is that of three int64
+    that NaN, Inf and overflow are added to. ``shape`` and ``strides`` (in elements, for new_base, out, then post and
+    base of each term) are given where operands are not in row-major order. Terms with alpha = 0 must have been left
+    out.
     """
     if count == 0:
         return
-    plain.merge[(-(-count // BLOCK),)](
+    plain.merge[(-(-count // block),)](
         new_base or None,
         tuple(post or None for post, _, _ in terms),
         tuple(base or None for _, base, _ in terms),
@@ -57,24 +61,45 @@ def merge(
         TERMS=len(terms),
         FORMAT=format,
         RANK=len(shape),
-        BLOCK=BLOCK,
+        ALIGN=alignment(format, new_base, out, *(a for post, base, _ in terms for a in (post, base))),
+        BLOCK=block,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
 
 
-def merge_each(table: int, chunks: int, programs: int, alphas: Sequence[float], counts: int, format: str) -> None:
-    """Launch a merge of many tensors, described as `plain.merge_each` says, on the current device and stream."""
+def table_of(counts: NDArray[np.int64], *columns: NDArray[np.int64], block: int = BLOCK) -> NDArray[np.int64]:
+    """Return the table and the chunks that `plain.merge_each` reads, one after the other, as int64.
+
+    ``columns`` are the elements of each tensor, then the addresses of its counts, new_base, out, and post and base of
+    each term. What follows the table's rows are the chunks, two to a word.
+    """
+    pieces = -(-counts // block)
+    starts = np.cumsum(pieces) - pieces
+    rows = np.stack([counts, starts, *columns], axis=1).reshape(-1)
+    chunks = np.repeat(np.arange(counts.size, dtype=np.int32), pieces)
+    return np.concatenate([rows, np.pad(chunks, (0, chunks.size % 2)).view(np.int64)])
+
+
+def merge_each(
+    table: int, tensors: int, programs: int, alphas: Sequence[float], format: str, *, align: int, block: int = BLOCK
+) -> None:
+    """Launch a merge of many tensors, described by what `table_of` made, on the current device and stream."""
     if programs == 0:
         return
     plain.merge_each[(programs,)](
         table,
-        chunks,
+        table + tensors * (5 + 2 * len(alphas)) * 8,
         tuple(alpha_bits(alpha) for alpha in alphas),
-        counts,
         TERMS=len(alphas),
         FORMAT=format,
-        BLOCK=BLOCK,
+        ALIGN=align,
+        BLOCK=block,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
+
+
+def alignment(format: str, *addresses: int) -> int:
+    """Return what all addresses are multiples of: 16 bytes, or else an element. Each is compiled apart."""
+    return 16 if not any(address % 16 for address in addresses) else FORMATS[format].bits // 8

@@ -31,11 +31,11 @@ def place(index, shape, strides, WHICH: tl.constexpr, RANK: tl.constexpr):
 
 
 @triton.jit
-def load(address, offset, mask, FORMAT: tl.constexpr):
+def load(address, offset, mask, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
     """Return codes; those of zeros where there is no memory, and where the mask is False."""
     if address is None:
-        return tl.zeros(offset.shape, pointer(offset, FORMAT).dtype.element_ty)
-    return tl.load(pointer(address, FORMAT) + offset, mask=mask, other=0)
+        return tl.zeros(offset.shape, tl.uint32)
+    return tl.load(pointer(address, FORMAT, ALIGN) + offset, mask=mask, other=0).to(tl.uint32)
 
 
 @triton.jit
@@ -53,18 +53,19 @@ def alpha_of(bits):
 
 
 @triton.jit
-def store(out, offset, mask, new_base, acc, touched, counts, FORMAT: tl.constexpr):
+def store(out, offset, mask, new_base, acc, touched, counts, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
     """Write acc encoded, or new_base's own bits where no term touched it, and add up NaN, Inf and overflow."""
-    code, over = encode(acc, FORMAT)
-    code = tl.where(touched, code, new_base.to(tl.uint32))
-    tl.store(pointer(out, FORMAT) + offset, code.to(new_base.dtype), mask=mask)
-    # Whatever is counted has no finite code.
+    code, _ = encode(acc, FORMAT)
+    code = tl.where(touched, code, new_base)
+    target = pointer(out, FORMAT, ALIGN) + offset
+    tl.store(target, code.to(target.dtype.element_ty), mask=mask)
+    # Whatever is counted has no finite code, and what of that has a finite acc has overflowed.
     special = (code & ((1 << (of(FORMAT, "bits") - 1)) - 1)) > of(FORMAT, "largest")
     if tl.max(special.to(tl.int32), 0) > 0:
         to = counts.to(tl.pointer_type(tl.int64))
         tl.atomic_add(to, tl.sum((acc != acc).to(tl.int64), 0))
         tl.atomic_add(to + 1, tl.sum((tl.abs(acc) == float("inf")).to(tl.int64), 0))
-        tl.atomic_add(to + 2, tl.sum(over.to(tl.int64), 0))
+        tl.atomic_add(to + 2, tl.sum((special & (tl.abs(acc) < float("inf"))).to(tl.int64), 0))
 
 
 @triton.jit
@@ -74,53 +75,56 @@ def merge(
     bases,
     alphas,
     out,
-    counts: "i64",
-    count: "i64",
+    counts: tl.int64,
+    count: tl.int64,
     shape,
     strides,
     TERMS: tl.constexpr,
     FORMAT: tl.constexpr,
     RANK: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merge `count` elements: operands and strides in the order new_base, out, then post and base of each term."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
-    own = load(new_base, place(index, shape, strides, 0, RANK), mask, FORMAT)
+    own = load(new_base, place(index, shape, strides, 0, RANK), mask, FORMAT, ALIGN)
     acc = value(own, FORMAT)
     touched = mask & False
     for k in tl.static_range(TERMS):
-        post = load(posts[k], place(index, shape, strides, 2 + 2 * k, RANK), mask, FORMAT)
-        base = load(bases[k], place(index, shape, strides, 3 + 2 * k, RANK), mask, FORMAT)
+        post = load(posts[k], place(index, shape, strides, 2 + 2 * k, RANK), mask, FORMAT, ALIGN)
+        base = load(bases[k], place(index, shape, strides, 3 + 2 * k, RANK), mask, FORMAT, ALIGN)
         acc, touched = add_term(acc, touched, post, base, alpha_of(alphas[k]), FORMAT)
-    store(out, place(index, shape, strides, 1, RANK), mask, own, acc, touched, counts, FORMAT)
+    store(out, place(index, shape, strides, 1, RANK), mask, own, acc, touched, counts, FORMAT, ALIGN)
 
 
 @triton.jit
 def merge_each(
-    table,
-    chunks,
+    table: tl.int64,
+    chunks: tl.int64,
     alphas,
-    counts: "i64",
     TERMS: tl.constexpr,
     FORMAT: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merge many tensors in one launch.
 
     A row of `table` (int64) has a tensor's number of elements, the number of its first chunk of BLOCK elements, and the
-    addresses of new_base, out, then post and base of each term; `chunks` (int32) has for every program its row.
+    addresses of its counts, new_base and out, then of post and base of each term, none of them 0. `chunks` (int32) has
+    the row for every program.
     """
-    WIDTH: tl.constexpr = 4 + 2 * TERMS
+    WIDTH: tl.constexpr = 5 + 2 * TERMS
     program = tl.program_id(0).to(tl.int64)
-    row = table.to(tl.pointer_type(tl.int64)) + tl.load(chunks.to(tl.pointer_type(tl.int32)) + program).to(tl.int64) * WIDTH
+    mine = tl.load(chunks.to(tl.pointer_type(tl.int32)) + program).to(tl.int64)
+    row = table.to(tl.pointer_type(tl.int64)) + mine * WIDTH
     index = (program - tl.load(row + 1)) * BLOCK + tl.arange(0, BLOCK)
     mask = index < tl.load(row)
-    own = load(tl.load(row + 2), index, mask, FORMAT)
+    own = load(tl.load(row + 3), index, mask, FORMAT, ALIGN)
     acc = value(own, FORMAT)
     touched = mask & False
     for k in tl.static_range(TERMS):
-        post = load(tl.load(row + 4 + 2 * k), index, mask, FORMAT)
-        base = load(tl.load(row + 5 + 2 * k), index, mask, FORMAT)
+        post = load(tl.load(row + 5 + 2 * k), index, mask, FORMAT, ALIGN)
+        base = load(tl.load(row + 6 + 2 * k), index, mask, FORMAT, ALIGN)
         acc, touched = add_term(acc, touched, post, base, alpha_of(alphas[k]), FORMAT)
-    store(tl.load(row + 3), index, mask, own, acc, touched, counts, FORMAT)
+    store(tl.load(row + 4), index, mask, own, acc, touched, tl.load(row + 2), FORMAT, ALIGN)

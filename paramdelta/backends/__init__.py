@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, cast
 from paramdelta.dtypes import DType
 from paramdelta.errors import BackendError
 
-_MODULES = {"cpu": "paramdelta.backends.cpu"}
+_MODULES = {"cpu": "paramdelta.backends.cpu", "triton": "paramdelta.backends.triton"}
 
 
 class Operand(NamedTuple):
