@@ -142,14 +142,31 @@ def round_values(acc, VALUES: tl.constexpr):
 
 
 @triton.jit
-def count(report, acc, x):
-    """Add up elements that are NaN, infinite, and finite until they were rounded to x."""
-    if tl.max(tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1), 0) > 0:
-        tl.atomic_add(report, tl.sum(tl.sum((acc != acc).to(tl.int64), 1), 0))
-        infinite = tl.abs(acc) == float("inf")
-        tl.atomic_add(report + 1, tl.sum(tl.sum(infinite.to(tl.int64), 1), 0))
-        over = (tl.abs(acc) < float("inf")) & (tl.abs(x) == float("inf"))
-        tl.atomic_add(report + 2, tl.sum(tl.sum(over.to(tl.int64), 1), 0))
+def anywhere(mask):
+    """Return whether a mask is True somewhere."""
+    return tl.max(tl.max(mask.to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def count(report, acc, over):
+    """Add up elements that are NaN, those that are infinite, and those that overflowed.
+
+    Where these are called for, acc is computed again: kept that long, it would not fit the registers.
+    """
+    infinite = (tl.abs(acc) == float("inf")) & (over == 0)
+    tl.atomic_add(report, tl.sum(tl.sum((acc != acc).to(tl.int64), 1), 0))
+    tl.atomic_add(report + 1, tl.sum(tl.sum(infinite.to(tl.int64), 1), 0))
+    tl.atomic_add(report + 2, tl.sum(tl.sum(over.to(tl.int64), 1), 0))
+
+
+@triton.jit
+def count_rounded(report, planes, alphas, row, col, limits, x, RECIPE: tl.constexpr, TERMS: tl.constexpr,
+                  FORMS: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Count for a tile whose values are rounded to x: what overflows is finite until then."""
+    if anywhere((tl.abs(x) < float("inf")) == 0):
+        acc, _, _, _ = add_up(planes, alphas, row, col, limits, TERMS, FORMS, ALIGN)
+        again = round_values(acc, RECIPE[5])
+        count(report, acc, (tl.abs(acc) < float("inf")) & (tl.abs(again) == float("inf")))
 
 
 @triton.jit
@@ -261,6 +278,8 @@ def merge_units(
     limits = (tl.minimum(rows, (unit_row + 1) * ROWS), tl.minimum(cols, (unit_col + 1) * COLS))
     acc, touched, own, within = add_up(planes, alphas, row, col, limits, TERMS, FORMS, ALIGN)
     x = round_values(acc, RECIPE[5])
+    numbers = report.to(tl.pointer_type(tl.int64))
+    count_rounded(numbers, planes, alphas, row, col, limits, x, RECIPE, TERMS, FORMS, ALIGN)
     amax = tl.max(tl.max(finite_magnitude(x), 1, keep_dims=True), 0, keep_dims=True)
     some = tl.max(tl.max(touched.to(tl.int32), 1, keep_dims=True), 0, keep_dims=True)
     stored = tl.zeros([1, 1], tl.uint32)
@@ -272,8 +291,6 @@ def merge_units(
     tl.store(pointer(out, "f8_e4m3", ALIGN) + row * out_pitch + col, code.to(tl.uint8), mask=within)
     to = scale_pointer(out_scales, KIND) + (tl.zeros([1, 1], tl.int64) + unit_row * out_scale_pitch + unit_col)
     tl.store(to, scale.to(to.dtype.element_ty))
-    numbers = report.to(tl.pointer_type(tl.int64))
-    count(numbers, acc, x)
     tl.atomic_max(numbers + 3 + tl.zeros([1, 1], tl.int32), amax.to(tl.uint32, bitcast=True).to(tl.int64))
     tl.atomic_max(numbers + 4 + tl.zeros([1, 1], tl.int32), some.to(tl.int64))
 
@@ -293,7 +310,7 @@ def measure_units(
     amax = finite_magnitude(x).to(tl.int32, bitcast=True)
     some = touched.to(tl.int32)
     numbers = report.to(tl.pointer_type(tl.int64))
-    count(numbers, acc, x)
+    count_rounded(numbers, planes, alphas, row, col, (rows, cols), x, RECIPE, TERMS, FORMS, ALIGN)
     tl.atomic_max(numbers + 3, tl.max(tl.max(amax, 1), 0).to(tl.int64))
     tl.atomic_max(numbers + 4, tl.max(tl.max(some, 1), 0).to(tl.int64))
     if COLS == 0:
@@ -349,20 +366,18 @@ def merge_plain(
     TERMS: tl.constexpr, FORMS: tl.constexpr, FORMAT: tl.constexpr, OWN: tl.constexpr, ALIGN: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Merge a tile and store it plainly. OWN: new_base is stored so too, and keeps its bits where nothing touches it."""
+    """Merge a tile and store it plainly. OWN: new_base is stored so too, and keeps its bits where no delta is."""
     row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
     col = tl.program_id(0).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]
     acc, touched, own, within = add_up(planes, alphas, row, col, (rows, cols), TERMS, FORMS, ALIGN)
     code, over = encode(acc, FORMAT)
     if OWN:
         code = tl.where(touched, code, own)
+    numbers = report.to(tl.pointer_type(tl.int64))
+    tl.atomic_max(numbers + 4, tl.max(tl.max(touched.to(tl.int32), 1), 0).to(tl.int64))
+    if anywhere(((tl.abs(acc) < float("inf")) == 0) | over):
+        again, _, _, _ = add_up(planes, alphas, row, col, (rows, cols), TERMS, FORMS, ALIGN)
+        _, beyond = encode(again, FORMAT)
+        count(numbers, again, beyond)
     target = pointer(out, FORMAT, ALIGN) + row * out_pitch + col
     tl.store(target, code.to(target.dtype.element_ty), mask=within)
-    numbers = report.to(tl.pointer_type(tl.int64))
-    nan = acc != acc
-    infinite = (tl.abs(acc) == float("inf")) & (over == 0)
-    if tl.max(tl.max((nan | infinite | over).to(tl.int32), 1), 0) > 0:
-        tl.atomic_add(numbers, tl.sum(tl.sum(nan.to(tl.int64), 1), 0))
-        tl.atomic_add(numbers + 1, tl.sum(tl.sum(infinite.to(tl.int64), 1), 0))
-        tl.atomic_add(numbers + 2, tl.sum(tl.sum(over.to(tl.int64), 1), 0))
-    tl.atomic_max(numbers + 4, tl.max(tl.max(touched.to(tl.int32), 1), 0).to(tl.int64))

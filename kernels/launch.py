@@ -48,12 +48,10 @@ def merge(
     """
     if count == 0:
         return
+    operands = (new_base, out, *(address for post, base, _ in terms for address in (post, base)))
     plain.merge[(-(-count // block),)](
-        new_base or None,
-        tuple(post or None for post, _, _ in terms),
-        tuple(base or None for _, base, _ in terms),
+        tuple(address or None for address in operands),
         tuple(alpha_bits(alpha) for _, _, alpha in terms),
-        out,
         counts,
         count,
         tuple(shape),
@@ -61,7 +59,7 @@ def merge(
         TERMS=len(terms),
         FORMAT=format,
         RANK=len(shape),
-        ALIGN=alignment(format, new_base, out, *(a for post, base, _ in terms for a in (post, base))),
+        ALIGN=alignment(format, *operands),
         BLOCK=block,
         num_warps=WARPS,
         enable_fp_fusion=False,

@@ -10,9 +10,9 @@ from paramdelta.kernels import blocks
 from paramdelta.kernels.codec import FORMATS
 from paramdelta.kernels.launch import alpha_bits
 
-# A unit of 128 × 128 in the registers of 256 threads: 64 elements each.
+# A unit of 128 × 128 in the registers of 512 threads, 32 elements each: with half as many threads registers spill.
 TILE = 128
-WARPS = 8
+WARPS = 16
 LARGEST_TILE = TILE * TILE
 # A program to a smaller unit would have too little to load: those units are measured and encoded in tiles of many.
 LEAST_TILE = 1024

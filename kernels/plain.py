@@ -69,45 +69,55 @@ def store(out, offset, mask, new_base, acc, touched, counts, FORMAT: tl.constexp
 
 
 @triton.jit
-def merge(
-    new_base,
-    posts,
-    bases,
-    alphas,
-    out,
-    counts: tl.int64,
-    count: tl.int64,
-    shape,
-    strides,
-    TERMS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    RANK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Merge `count` elements: operands and strides in the order new_base, out, then post and base of each term."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < count
-    own = load(new_base, place(index, shape, strides, 0, RANK), mask, FORMAT, ALIGN)
+def address_of(operands, k, TABLE: tl.constexpr):
+    """Return the address of operand k: of a tuple, or of a table that `operands` points into."""
+    if TABLE:
+        address = tl.load(operands + k)
+    else:
+        address = operands[k]
+    return address
+
+
+@triton.jit
+def merge_chunk(operands, alphas, counts, index, mask, shape, strides, TERMS: tl.constexpr, FORMAT: tl.constexpr,
+                RANK: tl.constexpr, ALIGN: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
+    """Merge the elements `index`. Operands, and their strides, are new_base, out, then post and base of each term."""
+    own = load(address_of(operands, 0, TABLE), place(index, shape, strides, 0, RANK), mask, FORMAT, ALIGN)
     acc = value(own, FORMAT)
     touched = mask & False
     for k in tl.static_range(TERMS):
-        post = load(posts[k], place(index, shape, strides, 2 + 2 * k, RANK), mask, FORMAT, ALIGN)
-        base = load(bases[k], place(index, shape, strides, 3 + 2 * k, RANK), mask, FORMAT, ALIGN)
+        P: tl.constexpr = 2 + 2 * k
+        B: tl.constexpr = 3 + 2 * k
+        post = load(address_of(operands, P, TABLE), place(index, shape, strides, P, RANK), mask, FORMAT, ALIGN)
+        base = load(address_of(operands, B, TABLE), place(index, shape, strides, B, RANK), mask, FORMAT, ALIGN)
         acc, touched = add_term(acc, touched, post, base, alpha_of(alphas[k]), FORMAT)
+    out = address_of(operands, 1, TABLE)
     store(out, place(index, shape, strides, 1, RANK), mask, own, acc, touched, counts, FORMAT, ALIGN)
 
 
 @triton.jit
-def merge_each(
-    table: tl.int64,
-    chunks: tl.int64,
-    alphas,
-    TERMS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def merge_chunks(operands, alphas, counts, start, count, shape, strides, TERMS: tl.constexpr, FORMAT: tl.constexpr,
+                 RANK: tl.constexpr, ALIGN: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Merge BLOCK elements from `start` on, or what there are; a full chunk without a mask, which narrows loads."""
+    index = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= count:
+        every = tl.full([BLOCK], 1, tl.int1)
+        merge_chunk(operands, alphas, counts, index, every, shape, strides, TERMS, FORMAT, RANK, ALIGN, TABLE)
+    else:
+        merge_chunk(operands, alphas, counts, index, index < count, shape, strides, TERMS, FORMAT, RANK, ALIGN, TABLE)
+
+
+@triton.jit
+def merge(operands, alphas, counts: tl.int64, count: tl.int64, shape, strides, TERMS: tl.constexpr,
+          FORMAT: tl.constexpr, RANK: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Merge `count` elements of one tensor."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    merge_chunks(operands, alphas, counts, start, count, shape, strides, TERMS, FORMAT, RANK, ALIGN, False, BLOCK)
+
+
+@triton.jit
+def merge_each(table: tl.int64, chunks: tl.int64, alphas, TERMS: tl.constexpr, FORMAT: tl.constexpr,
+               ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Merge many tensors in one launch.
 
     A row of `table` (int64) has a tensor's number of elements, the number of its first chunk of BLOCK elements, and the
@@ -118,13 +128,6 @@ def merge_each(
     program = tl.program_id(0).to(tl.int64)
     mine = tl.load(chunks.to(tl.pointer_type(tl.int32)) + program).to(tl.int64)
     row = table.to(tl.pointer_type(tl.int64)) + mine * WIDTH
-    index = (program - tl.load(row + 1)) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < tl.load(row)
-    own = load(tl.load(row + 3), index, mask, FORMAT, ALIGN)
-    acc = value(own, FORMAT)
-    touched = mask & False
-    for k in tl.static_range(TERMS):
-        post = load(tl.load(row + 5 + 2 * k), index, mask, FORMAT, ALIGN)
-        base = load(tl.load(row + 6 + 2 * k), index, mask, FORMAT, ALIGN)
-        acc, touched = add_term(acc, touched, post, base, alpha_of(alphas[k]), FORMAT)
-    store(tl.load(row + 4), index, mask, own, acc, touched, tl.load(row + 2), FORMAT, ALIGN)
+    start = (program - tl.load(row + 1)) * BLOCK
+    count, counts = tl.load(row), tl.load(row + 2)
+    merge_chunks(row + 3, alphas, counts, start, count, (), (), TERMS, FORMAT, 0, ALIGN, True, BLOCK)

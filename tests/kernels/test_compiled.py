@@ -27,8 +27,7 @@ BF16_FORM = ("bf16", "", 0, 0, False, False)
 def plain(terms: int, format: str, align: int = 16, rank: int = 0) -> dict[str, Any]:
     constants = {"TERMS": terms, "FORMAT": format, "RANK": rank, "ALIGN": align, "BLOCK": 1024}
     signature = {
-        "new_base": "i64", "posts": ("i64",) * terms, "bases": ("i64",) * terms, "alphas": ("i64",) * terms,
-        "out": "i64", "counts": "i64", "count": "i64", "shape": ("i32",) * rank,
+        "operands": ("i64",) * (2 + 2 * terms), "alphas": ("i64",) * terms, "shape": ("i32",) * rank,
         "strides": ("i32",) * (rank * (2 + 2 * terms)),
     }  # fmt: skip
     return {"module": "plain", "kernel": "merge", "signature": signature, "constants": constants, "warps": 4}
@@ -44,7 +43,7 @@ def blocks(kernel: str, form: tuple[Any, ...], **constants: Any) -> dict[str, An
     scales = "i64" if form[1] else "constexpr"
     signature = {"planes": (("i64", "i64", scales, "i64", "i64", "i64"),) * 3, "alphas": ("i64",)}
     constants |= {"TERMS": 1, "FORMS": (form,) * 3, "ALIGN": 16, "TILE_ROWS": 128, "TILE_COLS": 128}
-    return {"module": "blocks", "kernel": kernel, "signature": signature, "constants": constants, "warps": 8}
+    return {"module": "blocks", "kernel": kernel, "signature": signature, "constants": constants, "warps": 16}
 
 
 JOBS = {
@@ -73,13 +72,13 @@ def compile_job(job: dict[str, Any], architecture: int) -> Any:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"paramdelta.kernels.{job['module']}"), job["kernel"])
-    signature = {name: "i64" for name in kernel.arg_names} | job["signature"]
+    signature = dict.fromkeys(kernel.arg_names, "i64") | job["signature"]
     signature |= dict.fromkeys(job["constants"], "constexpr")
     constants: dict[Any, Any] = {(kernel.arg_names.index(k),): v for k, v in job["constants"].items()}
     attributes: dict[Any, Any] = {}
     for i, name in enumerate(kernel.arg_names):
         for path, kind in walk((i,), signature[name]):
-            if kind == "constexpr" and path not in constants:
+            if kind == "constexpr" and path not in constants:  # None: no memory
                 constants[path] = None
             if kind == "i64" and name != "alphas" and job["constants"]["ALIGN"] == 16:
                 attributes[path] = ALIGNED
@@ -140,9 +139,11 @@ def test_accesses_are_of_sixteen_bytes(name: str, tmp_path: Path) -> None:
 def test_the_check_finds_fused_operations() -> None:
     """With fusion, which is the compiler's habit, it has what the test above looks for."""
     code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
         "import test_compiled as t, triton\n"
         "real = triton.compile\n"
-        "triton.compile = lambda s, target, options: real(s, target=target, options=options | {'enable_fp_fusion': True})\n"
+        "fused = {'enable_fp_fusion': True}\n"
+        "triton.compile = lambda s, target, options: real(s, target=target, options=options | fused)\n"
         "print('fma.rn.f64' in t.compile_job(t.JOBS['bf16'], 90).asm['ptx'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
