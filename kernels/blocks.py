@@ -116,14 +116,12 @@ def add_up(planes, alphas, row, col, limits, TERMS: tl.constexpr, FORMS: tl.cons
     own, _, acc = operand(planes[0], row, col, near, origin, within, FORMS[0], ALIGN)
     touched = within & False
     for k in tl.static_range(TERMS):
-        POST: tl.constexpr = FORMS[1 + 2 * k]
-        BASE: tl.constexpr = FORMS[2 + 2 * k]
-        post, post_scale, p = operand(planes[1 + 2 * k], row, col, near, origin, within, POST, ALIGN)
-        base, base_scale, b = operand(planes[2 + 2 * k], row, col, near, origin, within, BASE, ALIGN)
+        post, post_scale, p = operand(planes[1 + 2 * k], row, col, near, origin, within, FORMS[1 + 2 * k], ALIGN)
+        base, base_scale, b = operand(planes[2 + 2 * k], row, col, near, origin, within, FORMS[2 + 2 * k], ALIGN)
         delta = p - b
         adds = within & (delta != 0.0)
         # Bit-equal operands are no delta, NaN and Inf included: of one format, with scales of one type, or without.
-        if POST[0] == BASE[0] and POST[1] == BASE[1]:
+        if FORMS[1 + 2 * k][0] == FORMS[2 + 2 * k][0] and FORMS[1 + 2 * k][1] == FORMS[2 + 2 * k][1]:
             adds &= (post != base) | (post_scale != base_scale)
         acc = tl.where(adds, acc + alpha_of(alphas[k]) * delta, acc)
         touched |= adds

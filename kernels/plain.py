@@ -20,13 +20,10 @@ def place(index, shape, strides, WHICH: tl.constexpr, RANK: tl.constexpr):
         return index
     rest = index
     offset = index * 0
-    for k in tl.static_range(RANK):
-        AXIS: tl.constexpr = RANK - 1 - k
-        if AXIS > 0:
-            offset += (rest % shape[AXIS]) * strides[WHICH * RANK + AXIS]
-            rest = rest // shape[AXIS]
-        else:
-            offset += rest * strides[WHICH * RANK]
+    for axis in tl.static_range(RANK - 1, 0, -1):
+        offset += (rest % shape[axis]) * strides[WHICH * RANK + axis]
+        rest = rest // shape[axis]
+    offset += rest * strides[WHICH * RANK]
     return offset
 
 
@@ -86,10 +83,9 @@ def merge_chunk(operands, alphas, counts, index, mask, shape, strides, TERMS: tl
     acc = value(own, FORMAT)
     touched = mask & False
     for k in tl.static_range(TERMS):
-        P: tl.constexpr = 2 + 2 * k
-        B: tl.constexpr = 3 + 2 * k
-        post = load(address_of(operands, P, TABLE), place(index, shape, strides, P, RANK), mask, FORMAT, ALIGN)
-        base = load(address_of(operands, B, TABLE), place(index, shape, strides, B, RANK), mask, FORMAT, ALIGN)
+        to_post, to_base = address_of(operands, 2 + 2 * k, TABLE), address_of(operands, 3 + 2 * k, TABLE)
+        post = load(to_post, place(index, shape, strides, 2 + 2 * k, RANK), mask, FORMAT, ALIGN)
+        base = load(to_base, place(index, shape, strides, 3 + 2 * k, RANK), mask, FORMAT, ALIGN)
         acc, touched = add_term(acc, touched, post, base, alpha_of(alphas[k]), FORMAT)
     out = address_of(operands, 1, TABLE)
     store(out, place(index, shape, strides, 1, RANK), mask, own, acc, touched, counts, FORMAT, ALIGN)
