@@ -7,6 +7,7 @@ floating-point mode.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from paramdelta.backends import Counts, Norms
 from paramdelta.backends.threads import default_threads
 from paramdelta.dtypes import F32, F64
 from paramdelta.errors import OperandError
-from paramdelta.tensors import Tensor, allocate, parse_dtype, read_operand, read_out, same_shape
+from paramdelta.tensors import Tensor, allocate, is_distributed, parse_dtype, read_operand, read_out, same_shape
 
-__all__ = ["Counts", "Encoded", "Merged", "Norms", "decode", "encode", "merge", "merge_deltas", "norms"]
+__all__ = ["Counts", "Encoded", "Merged", "Norms", "decode", "encode", "merge", "merge_deltas", "merge_many", "norms"]
 
 
 class Merged(NamedTuple):
@@ -57,7 +58,8 @@ def merge(
     ----------
     post, base, new_base : numpy.ndarray or torch.Tensor
         Equal shapes; any strides. Dtypes bf16, f16, f32, f64, f8_e4m3 (``float8_e4m3fn``) and f8_e5m2, in any
-        mix. Tensors must be on the CPU and need no gradient.
+        mix. Tensors must be on the CPU and need no gradient. DTensors are merged shard by shard, all being placed
+        alike, and so is the result; ``counts`` are then those of all shards, for which all ranks must call.
     alpha : float
         A finite factor. 0 means that there is no delta at all.
     out : numpy.ndarray or torch.Tensor, optional
@@ -87,6 +89,9 @@ def merge(
     -----
     Source: ParamΔ for Direct Weight Mixing, arXiv 2504.21023 (alpha = 1).
     """
+    if any(is_distributed(x) for x in (post, base, new_base, out)):
+        operators = importlib.import_module("paramdelta.torch_ops")  # above this module: it brings torch
+        return Merged(*operators.merge_distributed(post, base, new_base, out, _finite(alpha), dtype, norms), ())
     return _merge(new_base, (("post", post, "base", base, alpha),), out, dtype, threads, norms)
 
 
@@ -115,6 +120,29 @@ def merge_deltas(
         alpha = delta[2] if len(delta) == 3 else 1.0
         named.append((f"deltas[{k}].post", delta[0], f"deltas[{k}].base", delta[1], alpha))
     return _merge(new_base, named, out, dtype, threads, norms)
+
+
+def merge_many(
+    merges: Sequence[tuple[Any, ...]],
+    *,
+    outs: Sequence[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> list[Merged]:
+    """Compute ``out = new_base + alpha · (post − base)`` for many tensors.
+
+    ``merges`` is a sequence of ``(post, base, new_base)`` or ``(post, base, new_base, alpha)``; ``outs`` has an entry
+    for each, apart from all other tensors. All else is as for :func:`merge`.
+    """
+    if outs is not None and len(outs) != len(merges):
+        raise OperandError(f"outs: expected one for each of {len(merges)} merges, got {len(outs)}")
+    for k, each in enumerate(merges):
+        if not isinstance(each, (tuple, list)) or len(each) not in (3, 4):
+            raise OperandError(f"merges[{k}]: expected (post, base, new_base) or (post, base, new_base, alpha)")
+    return [
+        merge(*each[:3], alpha=each[3] if len(each) == 4 else 1.0, out=outs and outs[k], dtype=dtype, threads=threads)
+        for k, each in enumerate(merges)
+    ]
 
 
 def decode(x: Any, *, out: Any = None, dtype: Any = F64, threads: int | None = None) -> Any:

@@ -33,6 +33,7 @@ LAYERS = [
     ("engine",),
     ("plan",),
     ("checkpoint",),
+    ("torch_ops",),
     ("ops", "scaled"),
     ("tensors",),
     ("storage",),
