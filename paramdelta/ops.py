@@ -91,7 +91,8 @@ def merge(
     """
     if any(is_distributed(x) for x in (post, base, new_base, out)):
         operators = importlib.import_module("paramdelta.torch_ops")  # above this module: it brings torch
-        return Merged(*operators.merge_distributed(post, base, new_base, out, _finite(alpha), dtype, norms), ())
+        whole, counts = operators.merge_distributed(post, base, new_base, out, _finite(alpha), dtype, norms)
+        return Merged(whole, counts, ())
     return _merge(new_base, (("post", post, "base", base, alpha),), out, dtype, threads, norms)
 
 
