@@ -7,7 +7,6 @@ it hides behind memory. Kernels must be launched without fusion of products and 
 
 import triton
 import triton.language as tl
-
 from paramdelta.kernels.codec import encode, of, pointer, value
 
 INF_OF_F64 = tl.constexpr(0x7FF0000000000000)
@@ -17,13 +16,14 @@ INF_OF_F64 = tl.constexpr(0x7FF0000000000000)
 def place(index, shape, strides, WHICH: tl.constexpr, RANK: tl.constexpr):
     """Return where element `index`, in row-major order, of operand WHICH lies, in elements. RANK 0: one by one."""
     if RANK == 0:
-        return index
-    rest = index
-    offset = index * 0
-    for axis in tl.static_range(RANK - 1, 0, -1):
-        offset += (rest % shape[axis]) * strides[WHICH * RANK + axis]
-        rest = rest // shape[axis]
-    offset += rest * strides[WHICH * RANK]
+        offset = index
+    else:
+        rest = index
+        offset = index * 0
+        for axis in tl.static_range(RANK - 1, 0, -1):
+            offset += (rest % shape[axis]) * strides[WHICH * RANK + axis]
+            rest = rest // shape[axis]
+        offset += rest * strides[WHICH * RANK]
     return offset
 
 
@@ -31,8 +31,10 @@ def place(index, shape, strides, WHICH: tl.constexpr, RANK: tl.constexpr):
 def load(address, offset, mask, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
     """Return codes; those of zeros where there is no memory, and where the mask is False."""
     if address is None:
-        return tl.zeros(offset.shape, tl.uint32)
-    return tl.load(pointer(address, FORMAT, ALIGN) + offset, mask=mask, other=0).to(tl.uint32)
+        codes = tl.zeros(offset.shape, tl.uint32)
+    else:
+        codes = tl.load(pointer(address, FORMAT, ALIGN) + offset, mask=mask, other=0).to(tl.uint32)
+    return codes
 
 
 @triton.jit

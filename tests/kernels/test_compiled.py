@@ -23,10 +23,11 @@ ROW_FORM = ("f8_e4m3", "f32", 1, 0, True, False)
 BF16_FORM = ("bf16", "", 0, 0, False, False)
 
 
-def plain(terms: int, format: str, align: int = 16, rank: int = 0) -> dict[str, Any]:
+def plain(terms: int, format: str, align: int = 16, rank: int = 0, zeros: bool = False) -> dict[str, Any]:
     constants = {"TERMS": terms, "FORMAT": format, "RANK": rank, "ALIGN": align, "BLOCK": 1024}
     signature = {
-        "operands": ("i64",) * (2 + 2 * terms), "alphas": ("i64",) * terms, "shape": ("i32",) * rank,
+        "operands": (*("i64",) * (1 + 2 * terms), "constexpr" if zeros else "i64"), "alphas": ("i64",) * terms,
+        "shape": ("i32",) * rank,
         "strides": ("i32",) * (rank * (2 + 2 * terms)),
     }  # fmt: skip
     return {"module": "plain", "kernel": "merge", "signature": signature, "constants": constants, "warps": 4}
@@ -53,6 +54,7 @@ JOBS = {
     "bf16-four-deltas": plain(4, "bf16"),
     "bf16-unaligned": plain(1, "bf16", 2),
     "bf16-strided": plain(2, "bf16", 2, 3),
+    "bf16-zeros": plain(1, "bf16", zeros=True),
     "bf16-each": each(1, "bf16"),
     "f32-each": each(2, "f32"),
     "blocks": blocks("merge_units", BLOCK_FORM, RECIPE=DEEPGEMM, KIND="f32", KEEP=False, ROWS=128, COLS=128),

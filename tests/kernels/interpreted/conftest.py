@@ -15,12 +15,10 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "conformance"))
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("set TRITON_INTERPRET=1, or run tests/kernels/test_interpreted.py, which does")
-
 
 @pytest.fixture(autouse=True)
 def _quiet() -> object:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set it, or run tests/kernels/test_interpreted.py, which does"
     # The interpreter computes with NumPy, which warns where a GPU gives Inf and NaN.
     with np.errstate(all="ignore"):
         yield
