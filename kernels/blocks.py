@@ -17,6 +17,7 @@ from paramdelta.kernels.codec import (
     MAGNITUDE_OF_F32,
     NAN_OF_F32,
     encode,
+    item,
     of,
     pointer,
     power,
@@ -89,18 +90,20 @@ def operand(plane, row, col, near, origin, within, FORM: tl.constexpr, ALIGN: tl
         stored = tl.zeros([1, 1], tl.uint32)
         values = tl.zeros(within.shape, tl.float64)
     else:
-        codes = tl.load(pointer(plane[0], FORM[0], ALIGN) + row * plane[1] + col, mask=within, other=0).to(tl.uint32)
+        codes = tl.load(pointer(plane[0], item(FORM, 0), ALIGN) + row * plane[1] + col, mask=within, other=0).to(
+            tl.uint32
+        )
         if plane[2] is None:
             stored = tl.zeros([1, 1], tl.uint32)
-            values = value(codes, FORM[0])
+            values = value(codes, item(FORM, 0))
         else:
-            one_row = near[0] if FORM[4] else origin[0]
-            one_col = near[1] if FORM[5] else origin[1]
-            at = unit_index(plane[4] + one_row, plane[5] + one_col, FORM[2], FORM[3], plane[3])
-            stored = tl.load(scale_pointer(plane[2], FORM[1]) + at).to(tl.uint32)
+            one_row = near[0] if item(FORM, 4) else origin[0]
+            one_col = near[1] if item(FORM, 5) else origin[1]
+            at = unit_index(plane[4] + one_row, plane[5] + one_col, item(FORM, 2), item(FORM, 3), plane[3])
+            stored = tl.load(scale_pointer(plane[2], item(FORM, 1)) + at).to(tl.uint32)
             # The product is exact: 4 bits and 24, and exponents far within those of binary64.
-            factor = scale_value(stored, FORM[1]).to(tl.float64) * power(of(FORM[0], "rebias"))
-            values = raw(codes, FORM[0]).to(tl.float64) * factor
+            factor = scale_value(stored, item(FORM, 1)).to(tl.float64) * power(of(item(FORM, 0), "rebias"))
+            values = raw(codes, item(FORM, 0)).to(tl.float64) * factor
     return codes, stored, values
 
 
@@ -113,15 +116,17 @@ def add_up(planes, alphas, row, col, limits, TERMS: tl.constexpr, FORMS: tl.cons
     within = (row < limits[0]) & (col < limits[1])
     origin = (tl.min(row, 0, keep_dims=True), tl.min(col, 1, keep_dims=True))
     near = (tl.minimum(row, limits[0] - 1), tl.minimum(col, limits[1] - 1))
-    own, _, acc = operand(planes[0], row, col, near, origin, within, FORMS[0], ALIGN)
+    own, _, acc = operand(planes[0], row, col, near, origin, within, item(FORMS, 0), ALIGN)
     touched = within & False
     for k in tl.static_range(TERMS):
-        post, post_scale, p = operand(planes[1 + 2 * k], row, col, near, origin, within, FORMS[1 + 2 * k], ALIGN)
-        base, base_scale, b = operand(planes[2 + 2 * k], row, col, near, origin, within, FORMS[2 + 2 * k], ALIGN)
+        post, post_scale, p = operand(planes[1 + 2 * k], row, col, near, origin, within, item(FORMS, 1 + 2 * k), ALIGN)
+        base, base_scale, b = operand(planes[2 + 2 * k], row, col, near, origin, within, item(FORMS, 2 + 2 * k), ALIGN)
         delta = p - b
         adds = within & (delta != 0.0)
         # Bit-equal operands are no delta, NaN and Inf included: of one format, with scales of one type, or without.
-        if FORMS[1 + 2 * k][0] == FORMS[2 + 2 * k][0] and FORMS[1 + 2 * k][1] == FORMS[2 + 2 * k][1]:
+        if item(item(FORMS, 1 + 2 * k), 0) == item(item(FORMS, 2 + 2 * k), 0) and item(
+            item(FORMS, 1 + 2 * k), 1
+        ) == item(item(FORMS, 2 + 2 * k), 1):
             adds &= (post != base) | (post_scale != base_scale)
         acc = tl.where(adds, acc + alpha_of(alphas[k]) * delta, acc)
         touched |= adds
@@ -163,7 +168,7 @@ def count_rounded(report, planes, alphas, row, col, limits, x, RECIPE: tl.conste
     """Count for a tile whose values are rounded to x: what overflows is finite until then."""
     if anywhere((tl.abs(x) < float("inf")) == 0):
         acc, _, _, _ = add_up(planes, alphas, row, col, limits, TERMS, FORMS, ALIGN)
-        again = round_values(acc, RECIPE[5])
+        again = round_values(acc, item(RECIPE, 5))
         count(report, acc, (tl.abs(acc) < float("inf")) & (tl.abs(again) == float("inf")))
 
 
@@ -174,17 +179,17 @@ def scale_of(amax, RECIPE: tl.constexpr, KIND: tl.constexpr):
     As reference_scaled.unit_scales and codes_of: every operation in binary32. RECIPE is (rule, largest, floor, zero,
     reciprocal, values).
     """
-    amax = tl.maximum(amax, RECIPE[2])
+    amax = tl.maximum(amax, item(RECIPE, 2))
     ones = tl.zeros_like(amax) + 1.0
     factor = ones
-    if RECIPE[0] == "inverse":
+    if item(RECIPE, 0) == "inverse":
         factor = tl.minimum(tl.div_rn(ones * 448.0, amax), 448.0 * 512.0)
         stored = scale_stored(tl.div_rn(ones, factor), KIND)
-    elif RECIPE[0] == "ratio":
-        stored = scale_stored(tl.div_rn(amax, ones * RECIPE[1]), KIND)
+    elif item(RECIPE, 0) == "ratio":
+        stored = scale_stored(tl.div_rn(amax, ones * item(RECIPE, 1)), KIND)
     else:
-        tl.static_assert(RECIPE[0] == "ceil2")
-        field = (tl.div_rn(amax, ones * RECIPE[1]).to(tl.uint32, bitcast=True) + 0x7FFFFF) >> 23
+        tl.static_assert(item(RECIPE, 0) == "ceil2")
+        field = (tl.div_rn(amax, ones * item(RECIPE, 1)).to(tl.uint32, bitcast=True) + 0x7FFFFF) >> 23
         field = tl.minimum(field, 254)
         if KIND == "f8_e8m0":
             stored = field
@@ -193,11 +198,11 @@ def scale_of(amax, RECIPE: tl.constexpr, KIND: tl.constexpr):
     zero = amax == 0.0
     if KIND != "f8_e8m0":
         zero |= stored == 0  # a scale that underflows would divide by zero
-    stored = tl.where(zero, scale_stored(ones * RECIPE[3], KIND), stored)
-    if RECIPE[0] == "inverse":
+    stored = tl.where(zero, scale_stored(ones * item(RECIPE, 3), KIND), stored)
+    if item(RECIPE, 0) == "inverse":
         factor = tl.where(zero, divisor_of(stored, KIND, True), factor)
     else:
-        factor = divisor_of(stored, KIND, RECIPE[4])
+        factor = divisor_of(stored, KIND, item(RECIPE, 4))
     return stored, factor
 
 
@@ -218,7 +223,7 @@ def holds(stored, amax, RECIPE: tl.constexpr, KIND: tl.constexpr):
     if KIND != "f8_e8m0":
         bits = scale.to(tl.uint32, bitcast=True)
         fits &= (bits >= 0x00800000) & ((bits & 0x7FFFFF) == 0)
-        if RECIPE[0] != "ceil2":
+        if item(RECIPE, 0) != "ceil2":
             fits &= False
     return fits
 
@@ -226,7 +231,7 @@ def holds(stored, amax, RECIPE: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def code_of(x, factor, RECIPE: tl.constexpr):
     """Return the e4m3 codes of x · factor, or x / factor: to nearest even, within ±448, NaN being 0x7F."""
-    if RECIPE[4] or RECIPE[0] == "inverse":
+    if item(RECIPE, 4) or item(RECIPE, 0) == "inverse":
         ratio = x * factor
     else:
         ratio = tl.div_rn(x, factor + tl.zeros(x.shape, tl.float32))
@@ -255,7 +260,7 @@ def chosen_scale(amax, touched, stored, RECIPE: tl.constexpr, KIND: tl.constexpr
         same = touched == 0
         held = holds(stored, amax, RECIPE, KIND)
         scale = tl.where(same | held, stored, scale)
-        factor = tl.where(held, divisor_of(stored, KIND, RECIPE[4] or RECIPE[0] == "inverse"), factor)
+        factor = tl.where(held, divisor_of(stored, KIND, item(RECIPE, 4) or item(RECIPE, 0) == "inverse"), factor)
     return scale, factor, same
 
 
@@ -275,7 +280,7 @@ def merge_units(
     col = unit_col * COLS + tl.arange(0, TILE_COLS)[None, :]
     limits = (tl.minimum(rows, (unit_row + 1) * ROWS), tl.minimum(cols, (unit_col + 1) * COLS))
     acc, touched, own, within = add_up(planes, alphas, row, col, limits, TERMS, FORMS, ALIGN)
-    x = round_values(acc, RECIPE[5])
+    x = round_values(acc, item(RECIPE, 5))
     numbers = report.to(tl.pointer_type(tl.int64))
     count_rounded(numbers, planes, alphas, row, col, limits, x, RECIPE, TERMS, FORMS, ALIGN)
     amax = tl.max(tl.max(finite_magnitude(x), 1, keep_dims=True), 0, keep_dims=True)
@@ -304,7 +309,7 @@ def measure_units(
     row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
     col = tl.program_id(0).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]
     acc, touched, _, within = add_up(planes, alphas, row, col, (rows, cols), TERMS, FORMS, ALIGN)
-    x = round_values(acc, RECIPE[5])
+    x = round_values(acc, item(RECIPE, 5))
     amax = finite_magnitude(x).to(tl.int32, bitcast=True)
     some = touched.to(tl.int32)
     numbers = report.to(tl.pointer_type(tl.int64))
@@ -336,10 +341,10 @@ def encode_units(
     row = tl.program_id(1).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
     col = tl.program_id(0).to(tl.int64) * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]
     acc, _, own, within = add_up(planes, alphas, row, col, (rows, cols), TERMS, FORMS, ALIGN)
-    x = round_values(acc, RECIPE[5])
+    x = round_values(acc, item(RECIPE, 5))
     if GIVEN:
         bits = (tl.zeros([1, 1], tl.int64) + given).to(tl.uint32)
-        code = code_of(x, divisor_of(bits, "f32", RECIPE[4] or RECIPE[0] == "inverse"), RECIPE)
+        code = code_of(x, divisor_of(bits, "f32", item(RECIPE, 4) or item(RECIPE, 0) == "inverse"), RECIPE)
     else:
         near_row, near_col = tl.minimum(row, rows - 1), tl.minimum(col, cols - 1)
         at = unit_index(near_row, near_col, ROWS, COLS, unit_pitch)

@@ -44,6 +44,12 @@ def of(format, field):
 
 
 @triton.constexpr_function
+def item(values, index):
+    """Return an element of a tuple of constants as a constant: the compiler of Triton 3.6 makes a bare value of it."""
+    return values[index]
+
+
+@triton.constexpr_function
 def power(exponent):
     """Return 2^exponent, while compiling."""
     return 2.0**exponent

@@ -7,6 +7,7 @@ it hides behind memory. Kernels must be launched without fusion of products and 
 
 import triton
 import triton.language as tl
+
 from paramdelta.kernels.codec import encode, of, pointer, value
 
 INF_OF_F64 = tl.constexpr(0x7FF0000000000000)
@@ -25,16 +26,6 @@ def place(index, shape, strides, WHICH: tl.constexpr, RANK: tl.constexpr):
             rest = rest // shape[axis]
         offset += rest * strides[WHICH * RANK]
     return offset
-
-
-@triton.jit
-def load(address, offset, mask, FORMAT: tl.constexpr, ALIGN: tl.constexpr):
-    """Return codes; those of zeros where there is no memory, and where the mask is False."""
-    if address is None:
-        codes = tl.zeros(offset.shape, tl.uint32)
-    else:
-        codes = tl.load(pointer(address, FORMAT, ALIGN) + offset, mask=mask, other=0).to(tl.uint32)
-    return codes
 
 
 @triton.jit
@@ -68,28 +59,38 @@ def store(out, offset, mask, new_base, acc, touched, counts, FORMAT: tl.constexp
 
 
 @triton.jit
-def address_of(operands, k, TABLE: tl.constexpr):
-    """Return the address of operand k: of a tuple, or of a table that `operands` points into."""
+def load(operands, k, offset, mask, FORMAT: tl.constexpr, ALIGN: tl.constexpr, TABLE: tl.constexpr):
+    """Return codes of operand k of a tuple of addresses, or of a table that `operands` points into, as uint32.
+
+    They are 0 where the tuple has no address, and where the mask is False.
+    """
     if TABLE:
-        address = tl.load(operands + k)
+        at = pointer(tl.load(operands + k), FORMAT, ALIGN) + offset
+        codes = tl.load(at, mask=mask, other=0).to(tl.uint32)
+    elif operands[k] is None:
+        codes = tl.zeros(offset.shape, tl.uint32)
     else:
-        address = operands[k]
-    return address
+        at = pointer(operands[k], FORMAT, ALIGN) + offset
+        codes = tl.load(at, mask=mask, other=0).to(tl.uint32)
+    return codes
 
 
 @triton.jit
 def merge_chunk(operands, alphas, counts, index, mask, shape, strides, TERMS: tl.constexpr, FORMAT: tl.constexpr,
                 RANK: tl.constexpr, ALIGN: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
     """Merge the elements `index`. Operands, and their strides, are new_base, out, then post and base of each term."""
-    own = load(address_of(operands, 0, TABLE), place(index, shape, strides, 0, RANK), mask, FORMAT, ALIGN)
+    own = load(operands, 0, place(index, shape, strides, 0, RANK), mask, FORMAT, ALIGN, TABLE)
     acc = value(own, FORMAT)
     touched = mask & False
     for k in tl.static_range(TERMS):
-        to_post, to_base = address_of(operands, 2 + 2 * k, TABLE), address_of(operands, 3 + 2 * k, TABLE)
-        post = load(to_post, place(index, shape, strides, 2 + 2 * k, RANK), mask, FORMAT, ALIGN)
-        base = load(to_base, place(index, shape, strides, 3 + 2 * k, RANK), mask, FORMAT, ALIGN)
+        to_post, to_base = place(index, shape, strides, 2 + 2 * k, RANK), place(index, shape, strides, 3 + 2 * k, RANK)
+        post = load(operands, 2 + 2 * k, to_post, mask, FORMAT, ALIGN, TABLE)
+        base = load(operands, 3 + 2 * k, to_base, mask, FORMAT, ALIGN, TABLE)
         acc, touched = add_term(acc, touched, post, base, alpha_of(alphas[k]), FORMAT)
-    out = address_of(operands, 1, TABLE)
+    if TABLE:
+        out = tl.load(operands + 1)
+    else:
+        out = operands[1]
     store(out, place(index, shape, strides, 1, RANK), mask, own, acc, touched, counts, FORMAT, ALIGN)
 
 

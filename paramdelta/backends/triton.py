@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from paramdelta.errors import BackendError
 DTYPES = (BF16, F16, F32)
 _EXTRA = "install it with: pip install 'paramdelta[triton]'"
 _OLDEST = (8, 0)
+_OLDEST_TRITON = (3, 6)
 
 
 def interpreted() -> bool:
@@ -37,6 +39,9 @@ def why_not() -> str | None:
     for module in ("torch", "triton"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed; {_EXTRA}"
+    found = importlib.metadata.version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton {found} is too old for its kernels: it must be 3.6 or later; {_EXTRA}"
     try:
         importlib.import_module("paramdelta.kernels.launch")
     except ImportError as error:

@@ -147,6 +147,9 @@ def test_scales_that_stay(output: Output) -> None:
     for alpha in (0.01, 30.0):
         check(stored, [ScaledTerm(post, base, alpha)], output, keep=True)
     check(stored, [], output, keep=True)
+    if output.scale_dtype == "f32":  # no powers of two: such scales do not stay where a delta touched
+        uneven = stored._replace(scales=stored.scales ^ np.uint32(0x400000))  # type: ignore[operator]
+        check(uneven, [ScaledTerm(post, base, 0.01)], output, keep=True)
 
 
 def test_any_codes_and_scales() -> None:
