@@ -1,5 +1,7 @@
 """Tensors in CUDA memory: merged there, in the order of PyTorch's current stream, without waiting for the device.
 
+Which backend merges is the registry's choice, by the types of a merge.
+
 A tensor's geometry (address, shape, strides) is seen through NumPy, as that of arrays is, so that the same checks hold
 for both; its memory is never read from here.
 """
@@ -20,11 +22,16 @@ from paramdelta.tensors import Tensor, allocate, read_out, same_shape
 class PendingCounts:
     """The counts of merges on a device: reading one waits for the device, and all are then as in ``Counts``.
 
-    ``tensor`` is where they are: three int64, NaN, Inf and overflow, on the device.
+    ``rows`` [n, 3] is where those of n merges are, int64 on the device, and ``row`` which are these.
     """
 
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
+    def __init__(self, rows: Any, row: int = 0) -> None:
+        self._rows, self._row = rows, row
+
+    @property
+    def tensor(self) -> Any:
+        """Three int64 on the device: NaN, Inf and overflow."""
+        return self._rows[self._row]
 
     def wait(self) -> Counts:
         """Wait for what has been enqueued, and return the counts."""
@@ -71,7 +78,7 @@ def merge(
 ) -> tuple[Any, PendingCounts]:
     """Enqueue one merge of tensors that ``tensors.read_operand`` has read; return the output and its counts."""
     outs, counts = merge_many([(new_base, terms)], None if out is None else [out], dtype)
-    return outs[0], PendingCounts(counts[0])
+    return outs[0], PendingCounts(counts)
 
 
 def merge_many(
@@ -85,11 +92,14 @@ def merge_many(
     """
     torch = sys.modules["torch"]
     every = [t for new_base, terms in merges for t in (new_base, *(x for post, base, _ in terms for x in (post, base)))]
-    first = next(t.source for t in every if t.source is not None)
-    if first.device.type == "cuda":
-        backends.choose("merge", device="cuda")
+    first = next((t.source for t in every if t.source is not None), None)
+    if first is None:
+        raise OperandError(
+            f"{every[0].name}: expected a torch.Tensor, got a NumPy array, which no backend but cpu takes; pass "
+            f"torch.from_numpy of it, or unset {backends.VARIABLE}"
+        )
     counts = torch.zeros((len(merges), 3), dtype=torch.int64, device=first.device)
-    batches: dict[Any, list[cuda.Tensor]] = {}
+    batches: dict[Any, tuple[Any, list[cuda.Tensor]]] = {}  # by signature: a backend, and what it is to merge
     alive: list[Any] = []  # until all is enqueued; from then on the order of the stream keeps memory from being reused
     results, copies = [], []
     for k, (new_base, terms) in enumerate(merges):
@@ -114,21 +124,31 @@ def merge_many(
             copies.append((result, dense))
         alive += [*sources, dense]
         types = tuple(cuda.TermTypes(post.dtype, base.dtype, alpha) for post, base, alpha in terms)
-        batches.setdefault((new_base.dtype, types, target.dtype), []).append(
-            cuda.Tensor(
-                sources[0].data_ptr(),
-                tuple(s.data_ptr() for s in sources[1:]),
-                dense.data_ptr(),
-                dense.numel(),
-                counts.data_ptr() + 24 * k,
+        signature = (new_base.dtype, types, target.dtype)
+        if signature not in batches:
+            batches[signature] = (_backend(first.device.type, operands, target), [])
+        if dense.numel():
+            batches[signature][1].append(
+                cuda.Tensor(
+                    sources[0].data_ptr(),
+                    tuple(s.data_ptr() for s in sources[1:]),
+                    dense.data_ptr(),
+                    dense.numel(),
+                    counts.data_ptr() + 24 * k,
+                )
             )
-        )
     device, stream = place_of(first)
-    for (new_dtype, types, out_dtype), tensors in batches.items():
-        cuda.merge(new_dtype, types, out_dtype, tensors, device=device, stream=stream)
+    for (new_dtype, types, out_dtype), (backend, tensors) in batches.items():
+        backend.merge(new_dtype, types, out_dtype, tensors, device=device, stream=stream)
     for result, dense in copies:
         result.copy_(dense)
     return results, counts
+
+
+def _backend(device: str, operands: Sequence[Tensor], out: Tensor) -> Any:
+    """Return the backend for merges of a signature. ``foreach`` is what those have that enqueue: the CPU's does not."""
+    inputs = [operand.dtype for operand in operands]
+    return backends.get(backends.choose("foreach", device=device, inputs=inputs, output=out.dtype))
 
 
 def place_of(tensor: Any) -> tuple[int, int]:

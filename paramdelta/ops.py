@@ -61,7 +61,7 @@ def merge(
     threads: int | None = None,
     norms: bool = False,
 ) -> Merged:
-    """Compute ``out = new_base + alpha · (post − base)``, rounded once.
+    """Compute ``out = new_base + alpha · (post − base)``, rounded once. For lists of tensors: :func:`merge_many`.
 
     The delta, its product with alpha and the sum are binary64 operations, each rounded to nearest even; the
     result is rounded once to the output's type. Where post and base are bit-equal the delta is zero, NaN and
@@ -150,27 +150,38 @@ def merge_many(
     ``merges`` is a sequence of ``(post, base, new_base)`` or ``(post, base, new_base, alpha)``; ``outs`` has an entry
     for each, apart from all other tensors. All must be on one device. All else is as for :func:`merge`.
     """
+    results, counts = enqueue_many(merges, outs, dtype, threads)
+    if isinstance(counts, list):
+        return [Merged(result, each, ()) for result, each in zip(results, counts, strict=True)]
+    return [Merged(result, PendingCounts(counts, k), ()) for k, result in enumerate(results)]
+
+
+def enqueue_many(
+    merges: Sequence[tuple[Any, ...]], outs: Sequence[Any] | None, dtype: Any, threads: int | None = None
+) -> tuple[list[Any], list[Any] | Any]:
+    """Do what :func:`merge_many` does; return the outputs, and the counts: a list, or a tensor [n, 3] on a device."""
     if outs is not None and len(outs) != len(merges):
         raise OperandError(f"outs: expected one for each of {len(merges)} merges, got {len(outs)}")
     for k, each in enumerate(merges):
         if not isinstance(each, (tuple, list)) or len(each) not in (3, 4):
             raise OperandError(f"merges[{k}]: expected (post, base, new_base) or (post, base, new_base, alpha)")
     wanted = None if dtype is None else parse_dtype("dtype", dtype)
-    if not any(device_tensors.is_on_device(x) for each in merges for x in each[:3]):
-        return [
+    on_device = any(device_tensors.is_on_device(x) for each in merges for x in each[:3])
+    if not merges or not (on_device or _enqueued_from_host()):
+        done = [
             merge(
                 *each[:3], alpha=each[3] if len(each) == 4 else 1.0, out=outs and outs[k], dtype=dtype, threads=threads
             )
             for k, each in enumerate(merges)
         ]
+        return [each.out for each in done], [each.counts for each in done]
     read = []
     for k, each in enumerate(merges):
         post, base, new = (
             read_operand(f"merges[{k}].{name}", x) for name, x in zip(("post", "base", "new_base"), each, strict=False)
         )
         read.append((new, [(post, base, _finite(each[3]) if len(each) == 4 else 1.0)]))
-    results, counts = device_tensors.merge_many(read, outs, wanted)
-    return [Merged(result, PendingCounts(counts[k]), ()) for k, result in enumerate(results)]
+    return device_tensors.merge_many(read, outs, wanted)
 
 
 def decode(x: Any, *, out: Any = None, dtype: Any = F64, threads: int | None = None) -> Any:
@@ -231,12 +242,11 @@ def _merge(
     same_shape(operands)
     wanted = None if dtype is None else parse_dtype("dtype", dtype)
     count = _threads(threads)
-    if any(t.kind == "cuda" for t in operands):
+    if any(t.kind == "cuda" for t in operands) or _enqueued_from_host():
         if norms:
             raise OperandError("norms: are computed on the CPU only; pass CPU tensors to ops.norms")
         terms = [(post, base, alpha) for post, base, alpha in pairs]
         return Merged(*device_tensors.merge(new, terms, out, wanted), ())
-    backends.choose("merge", device="cpu")
     if out is None:
         target, result = allocate(new, wanted or new.dtype)
     else:
@@ -268,6 +278,12 @@ def _norms(operands: Sequence[Tensor], threads: int) -> Norms:
     backends.choose("norms", device="cpu")
     post, base, new = (t.contiguous() for t in operands)
     return cpu.norms(post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads)
+
+
+def _enqueued_from_host() -> bool:
+    """Return whether CPU memory goes the way of a device's, by PARAMDELTA_BACKEND: kernels compiled for the host, or
+    interpreted, take it."""
+    return backends.choose("merge", device="cpu") != "cpu"
 
 
 def _finite(alpha: Any) -> float:

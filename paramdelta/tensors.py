@@ -64,9 +64,10 @@ def read_operand(name: str, x: Any) -> Tensor:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _read_torch(name, x, torch)
+    remedy = "paramdelta.ops.merge_many takes many tensors" if isinstance(x, (list, tuple)) else ""
     raise OperandTypeError(
         f"{name}: expected a numpy.ndarray or a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}; "
-        "convert it with numpy.asarray first"
+        + (remedy or "convert it with numpy.asarray first")
     )
 
 

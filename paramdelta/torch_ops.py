@@ -94,8 +94,9 @@ def _merge_many(
     posts: Sequence[Tensor], bases: Sequence[Tensor], new_bases: Sequence[Tensor], alpha: float = 1.0
 ) -> tuple[list[Tensor], Tensor]:
     _same_lengths(posts, bases, new_bases, "new_bases")
-    many = ops.merge_many([(p, b, n, alpha) for p, b, n in zip(posts, bases, new_bases, strict=True)])
-    return [each.out for each in many], _stacked([each.counts for each in many], new_bases)
+    merges = [(p, b, n, alpha) for p, b, n in zip(posts, bases, new_bases, strict=True)]
+    outs, counts = ops.enqueue_many(merges, None, None)
+    return outs, _stacked(counts)
 
 
 def _merge_many_to(
@@ -106,14 +107,15 @@ def _merge_many_to(
     alpha: float = 1.0,
 ) -> Tensor:
     _same_lengths(posts, bases, new_bases, "new_bases")
-    many = ops.merge_many([(p, b, n, alpha) for p, b, n in zip(posts, bases, new_bases, strict=True)], outs=outs)
-    return _stacked([each.counts for each in many], new_bases)
+    merges = [(p, b, n, alpha) for p, b, n in zip(posts, bases, new_bases, strict=True)]
+    return _stacked(ops.enqueue_many(merges, outs, None)[1])
 
 
-def _stacked(counts: Sequence[Any], like: Sequence[Tensor]) -> Tensor:
-    if not counts:
-        return torch.zeros((0, 3), dtype=torch.int64)
-    return torch.stack([_counts(each, tensor) for each, tensor in zip(counts, like, strict=True)])
+def _stacked(counts: list[Any] | Tensor) -> Tensor:
+    """Return counts [n, 3]: as a device holds them, or made of numbers."""
+    if isinstance(counts, Tensor):
+        return counts
+    return torch.tensor([tuple(each) for each in counts], dtype=torch.int64).reshape(len(counts), 3)
 
 
 def _encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

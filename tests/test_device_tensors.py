@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from paramdelta import backends, device_tensors, ops
+from paramdelta import backends, device_tensors, ops, torch_ops
 from paramdelta.backends import cuda
-from paramdelta.errors import BackendError, OperandError
+from paramdelta.dtypes import BF16, F8_E4M3, F64
+from paramdelta.errors import BackendError, OperandError, OperandTypeError
 from paramdelta.tensors import read_operand
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -114,8 +116,10 @@ def test_refusals() -> None:
 
 
 def test_choice_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends.names() == ("cpu", "cuda")
+    assert backends.names() == ("cpu", "cuda", "triton")
     assert backends.choose("merge", device="cpu") == "cpu"
+    assert backends.choose("foreach", device="cpu", inputs=(BF16, F8_E4M3), output=F64) == "cuda"
+    assert backends.get("cuda").capabilities().variants == ("host",)
     with pytest.raises(BackendError, match="backend 'cpu' has no merge on cuda memory"):
         backends.choose("merge", device="cuda", name="cpu")
     monkeypatch.setenv(backends.VARIABLE, "abacus")
@@ -128,6 +132,36 @@ def test_choice_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert capabilities.supports("norms", device="cpu")
     assert not capabilities.supports("foreach")
     assert not capabilities.supports("merge", device="cuda")
+    alike = replace(capabilities, one_type=True)
+    assert alike.supports("merge", inputs=(BF16, BF16), output=BF16)
+    assert not alike.supports("merge", inputs=(BF16, BF16), output=F64)
+    assert not alike.supports("merge", inputs=(BF16, F64))
+
+
+def test_public_functions_take_the_backend_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    triples = [tuple(weights(3 * k + j, 20 * k) for j in range(3)) for k in range(5)]
+    triples.append(tuple(weights(90 + j, 7, dtype=torch.float32) for j in range(3)))
+    triples[1][0][2] = float("nan")
+    want = ops.merge_many([(*t, 0.5) for t in triples])
+    monkeypatch.setenv(backends.VARIABLE, "cuda")
+    got = ops.merge_many([(*t, 0.5) for t in triples])
+    assert all(isinstance(each.counts, ops.PendingCounts) for each in got)
+    for each, wanted, triple in zip(got, want, triples, strict=True):
+        assert (bits(each.out) == bits(wanted.out)).all()
+        assert each.counts == wanted.counts
+        assert each.counts.tensor.tolist() == list(wanted.counts)
+        single = ops.merge(*triple, alpha=0.5)
+        assert isinstance(single.counts, ops.PendingCounts)
+        assert (bits(single.out) == bits(wanted.out)).all()
+    posts, bases, new_bases = (list(side) for side in zip(*triples, strict=True))
+    outs, counts = torch_ops.merge_many(posts, bases, new_bases, 0.5)
+    assert counts.tolist() == [list(each.counts) for each in want]
+    assert all((bits(out) == bits(each.out)).all() for out, each in zip(outs, want, strict=True))
+    assert ops.merge_many([]) == []
+    with pytest.raises(OperandError, match="no backend but cpu takes"):
+        ops.merge(*(np.zeros(3, np.float32) for _ in range(3)))
+    with pytest.raises(OperandTypeError, match="merge_many takes many tensors"):
+        ops.merge(posts, bases, new_bases)
 
 
 def test_many_on_the_cpu() -> None:

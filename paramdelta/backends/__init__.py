@@ -74,7 +74,8 @@ class Capabilities:
 
     ``devices`` are the torch device types whose memory it takes, ``inputs`` and ``outputs`` the dtypes,
     ``variants`` the instruction sets or architectures present here, slowest first, ``operations`` what it
-    computes: ``merge``, ``norms``, ``merge_scaled``, and ``foreach``, merges of many tensors at once.
+    computes: ``merge``, ``norms``, ``merge_scaled``, and ``foreach``, merges of many tensors at once. ``one_type``:
+    the dtypes of a call must all be the same.
     """
 
     devices: tuple[str, ...]
@@ -82,6 +83,7 @@ class Capabilities:
     outputs: tuple[DType, ...]
     variants: tuple[str, ...]
     operations: tuple[str, ...]
+    one_type: bool = False
 
     def supports(
         self, operation: str, *, device: str = "", inputs: Sequence[DType] = (), output: DType | None = None
@@ -92,6 +94,16 @@ class Capabilities:
             and (not device or device in self.devices)
             and all(dtype in self.inputs for dtype in inputs)
             and (output is None or output in self.outputs)
+            and not (self.one_type and len({*inputs, *_given(output)}) > 1)
+        )
+
+    def __str__(self) -> str:
+        """What it has, for errors."""
+        types = ", ".join(dtype.name for dtype in self.inputs)
+        return (
+            f"has {', '.join(self.operations)} on {', '.join(self.devices)} memory, of "
+            + ("one type of " if self.one_type else "")
+            + types
         )
 
 
@@ -130,36 +142,44 @@ def get(name: str) -> Backend:
     return _load(name)
 
 
-def choose(operation: str, *, device: str, name: str | None = None) -> str:
-    """Return the backend for an operation on memory of a torch device type: ``cpu``, ``cuda``.
+def choose(
+    operation: str,
+    *,
+    device: str,
+    inputs: Sequence[DType] = (),
+    output: DType | None = None,
+    name: str | None = None,
+) -> str:
+    """Return the backend for an operation on memory of a torch device type, ``cpu`` or ``cuda``, and on these dtypes.
 
     ``name``, or else the environment variable PARAMDELTA_BACKEND, picks one; without them it is the first that
     supports the operation there and runs. Raises BackendError, with every backend's reason, where there is none.
     """
+
+    def fits(candidate: str) -> bool:
+        able = _load(candidate).capabilities()
+        return able.supports(operation, device=device, inputs=inputs, output=output)
+
     wanted = name or os.environ.get(VARIABLE)
     if wanted:
-        if not get(wanted).capabilities().supports(operation, device=device):
-            source = f"backend '{wanted}'" if name else f"{VARIABLE}={wanted}"
-            raise BackendError(f"{source} has no {operation} on {device} memory; {_others(operation, device, wanted)}")
-        return wanted
-    for candidate in _MODULES:
-        if why_not(candidate) is None and _load(candidate).capabilities().supports(operation, device=device):
-            return candidate
-    raise BackendError(f"no backend has {operation} on {device} memory: {_others(operation, device)}")
+        get(wanted)
+        if fits(wanted):
+            return wanted
+    else:
+        for candidate in _MODULES:
+            if why_not(candidate) is None and fits(candidate):
+                return candidate
+    types = " and ".join(sorted({dtype.name for dtype in (*inputs, *_given(output))}))
+    what = f"{operation} on {device} memory" + (f" of {types}" if types else "")
+    reasons = "; ".join(f"{k}: {why_not(k) or ('has it' if fits(k) else _load(k).capabilities())}" for k in _MODULES)
+    if not wanted:
+        raise BackendError(f"no backend has {what}: {reasons}")
+    source = f"backend '{wanted}'" if name else f"{VARIABLE}={wanted}"
+    raise BackendError(f"{source} has no {what}; {reasons}")
 
 
-def _others(operation: str, device: str, but: str = "") -> str:
-    found = []
-    for name in _MODULES:
-        if name == but:
-            continue
-        reason = why_not(name)
-        if reason is None:
-            backend = _load(name).capabilities()
-            fits = backend.supports(operation, device=device)
-            reason = "has it" if fits else f"has {', '.join(backend.operations)} on {', '.join(backend.devices)} memory"
-        found.append(f"{name}: {reason}")
-    return "; ".join(found)
+def _given(output: DType | None) -> tuple[DType, ...]:
+    return () if output is None else (output,)
 
 
 def _load(name: str) -> Backend:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -54,18 +55,21 @@ def why_not() -> str | None:
         return f"the extension paramdelta._cuda is not built; where nvcc is found, build it with: {BUILD}"
     except ImportError as error:
         return f"the extension paramdelta._cuda does not load ({error}); build it again with: {BUILD}"
-    reason: str = extension.why_not()
+    reason, _ = _found(extension)
     return f"{reason}; tensors on the CPU, and files, are merged without one" if reason else None
 
 
 def capabilities() -> Capabilities:
-    """Return what this backend supports: CUDA memory, every dtype with arithmetic, the architectures present."""
-    found = sorted({device["capability"] for device in _extension().devices()})
+    """Return what this backend supports: CUDA memory, every dtype with arithmetic, the architectures present.
+
+    An extension whose kernels were compiled for the host, which tests have, takes CPU memory.
+    """
+    _, variants = _found(_extension())
     return Capabilities(
-        devices=("cuda",),
+        devices=("cpu",) if variants == ("host",) else ("cuda",),
         inputs=MERGE_DTYPES,
         outputs=MERGE_DTYPES,
-        variants=tuple(f"sm_{major}{minor}" for major, minor in found),
+        variants=variants,
         operations=("merge", "foreach", "merge_scaled"),
     )
 
@@ -108,6 +112,18 @@ def stage(device: int) -> Any:
 def rates(device: int) -> Rates:
     """Measure a device and the link to it, for some ten milliseconds."""
     return Rates(*_extension().rates(device))
+
+
+@lru_cache
+def _found(extension: ModuleType) -> tuple[str, tuple[str, ...]]:
+    """Return why an extension cannot run, if so, and the architectures: asking devices takes milliseconds."""
+    reason: str = extension.why_not()
+    if reason:
+        return reason, ()
+    if extension.on_host():
+        return "", ("host",)
+    found = sorted({device["capability"] for device in extension.devices()})
+    return "", tuple(f"sm_{major}{minor}" for major, minor in found)
 
 
 def _extension() -> ModuleType:

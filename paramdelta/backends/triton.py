@@ -64,6 +64,7 @@ def capabilities() -> Capabilities:
         outputs=DTYPES,
         variants=("interpreter",) if interpreted() else tuple(f"sm_{a}{b}" for a, b in _capabilities()),
         operations=("merge", "foreach"),
+        one_type=True,
     )
 
 
