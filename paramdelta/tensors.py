@@ -168,7 +168,7 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
         raise OperandError(f"{name}: is a lazily negated view; pass {name}.resolve_neg()")
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if x.device.type == "cuda":
-        return Tensor(name, _geometry(x, dtype), dtype, "cuda", x)
+        return Tensor(name, geometry(x), dtype, "cuda", x)
     try:
         codes = x.view(integers[dtype.itemsize]).numpy()
     except (RuntimeError, TypeError) as error:
@@ -179,27 +179,32 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
 
 
 class _Geometry:
-    """What NumPy asks of an array's memory, without the memory."""
+    """What NumPy asks of an array's memory, without the memory. Arrays made of it keep it, and so the tensor, alive."""
 
-    def __init__(self, interface: dict[str, Any]) -> None:
+    def __init__(self, tensor: Any, interface: dict[str, Any]) -> None:
+        self.tensor = tensor
         self.__array_interface__ = interface
 
 
-def _geometry(x: Any, dtype: DType) -> NDArray[Any]:
-    """Return a dense tensor's address, shape and strides as an array. SAFETY: it must never be read or written."""
-    shape = tuple(x.shape)
+def geometry(x: Any) -> NDArray[Any]:
+    """Return a dense tensor's address, shape and strides as an array of unsigned integers, which keeps it alive.
+
+    SAFETY: of a tensor on a device, it must never be read or written.
+    """
+    shape, size = tuple(x.shape), x.element_size()
     if x.numel() == 0:
-        return np.empty(shape, f"u{dtype.itemsize}")
-    strides = tuple(s * dtype.itemsize for s in x.stride())
+        return np.empty(shape, f"u{size}")
+    strides = tuple(s * size for s in x.stride())
     return np.asarray(
         _Geometry(
+            x,
             {
                 "version": 3,
-                "typestr": f"<u{dtype.itemsize}",
+                "typestr": f"<u{size}",
                 "shape": shape,
                 "strides": strides,
                 "data": (x.data_ptr(), False),
-            }
+            },
         )
     )
 

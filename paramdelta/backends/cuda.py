@@ -97,6 +97,12 @@ def merge_scaled(**job: Any) -> None:
     _extension().merge_scaled(**job)
 
 
+def totals_bytes() -> int:
+    """Return the size of the totals that ``merge_scaled`` adds to: device memory that holds zeros before."""
+    size: int = _extension().TOTALS_BYTES
+    return size
+
+
 def workspace_bytes(**job: Any) -> int:
     """Return how much device memory ``merge_scaled`` needs beside its operands, for the same keywords."""
     size: int = _extension().workspace_bytes(**job)
