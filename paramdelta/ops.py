@@ -7,6 +7,7 @@ floating-point mode.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -104,10 +105,6 @@ def merge(
     -----
     Source: ParamΔ for Direct Weight Mixing, arXiv 2504.21023 (alpha = 1).
     """
-    if any(is_distributed(x) for x in (post, base, new_base, out)):
-        operators = importlib.import_module("paramdelta.torch_ops")  # above this module: it brings torch
-        whole, counts = operators.merge_distributed(post, base, new_base, out, _finite(alpha), dtype, norms)
-        return Merged(whole, counts, ())
     return _merge(new_base, (("post", post, "base", base, alpha),), out, dtype, threads, norms)
 
 
@@ -166,6 +163,10 @@ def enqueue_many(
         if not isinstance(each, (tuple, list)) or len(each) not in (3, 4):
             raise OperandError(f"merges[{k}]: expected (post, base, new_base) or (post, base, new_base, alpha)")
     wanted = None if dtype is None else parse_dtype("dtype", dtype)
+    if any(is_distributed(x) for each in merges for x in each[:3]) or any(is_distributed(x) for x in outs or ()):
+        run = functools.partial(enqueue_many, dtype=dtype, threads=threads)
+        results, totals = _shards().many_on_shards(merges, outs, run)
+        return results, totals
     on_device = any(device_tensors.is_on_device(x) for each in merges for x in each[:3])
     if not merges or not (on_device or _enqueued_from_host()):
         done = [
@@ -234,6 +235,19 @@ def _merge(
     norms: bool,
     new_name: str = "new_base",
 ) -> Merged:
+    named = {new_name: new_base}
+    for post_name, post, base_name, base, _ in deltas:
+        named |= {post_name: post, base_name: base}
+    if any(is_distributed(x) for x in (*named.values(), out)):
+
+        def run(local: list[Any], local_out: Any) -> tuple[Any, Any]:
+            pairs = zip(deltas, local[1::2], local[2::2], strict=True)
+            parts = [(p_name, p, b_name, b, alpha) for (p_name, _, b_name, _, alpha), p, b in pairs]
+            part = _merge(local[0], parts, local_out, dtype, threads, False, new_name)
+            return part.out, part.counts
+
+        whole, counts = _shards().on_shards(named, out, run, norms)
+        return Merged(whole, counts, ())
     new = read_operand(new_name, new_base)
     pairs: list[tuple[Tensor, Tensor, float]] = []
     for post_name, post, base_name, base, alpha in deltas:
@@ -278,6 +292,11 @@ def _norms(operands: Sequence[Tensor], threads: int) -> Norms:
     backends.choose("norms", device="cpu")
     post, base, new = (t.contiguous() for t in operands)
     return cpu.norms(post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads)
+
+
+def _shards() -> Any:
+    """Return the module that takes DTensors apart: it is above this one, for it brings torch."""
+    return importlib.import_module("paramdelta.torch_ops")
 
 
 def _enqueued_from_host() -> bool:

@@ -13,8 +13,8 @@ the operators; it imports torch.
 
 Those that write are not called ``merge_``: of a name that ends so DTensor expects that the first operand is written.
 An operator takes DTensors where all of an element's operands are on one rank: tensors placed alike, on shards of any
-dimension or replicated. ``counts`` of shards are partial sums. Errors are those of `paramdelta.ops`; under a tracer,
-where there is no memory, shapes alone are checked.
+dimension or replicated, those of a list each in its own way. ``counts`` of shards are partial sums. Errors are those
+of `paramdelta.ops`; under a tracer, where there is no memory, shapes alone are checked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from paramdelta import ops
 from paramdelta.backends import Counts
 from paramdelta.errors import OperandError
-from paramdelta.tensors import is_distributed, parse_dtype
+from paramdelta.tensors import is_distributed
 
 __all__ = ["encode", "merge", "merge_deltas", "merge_into", "merge_many", "merge_many_into"]
 
@@ -159,12 +159,40 @@ merge_many_into = _operator(
 encode = _operator("encode", _encode, lambda x, dtype: (_like(x, dtype=dtype), _three(x)))
 
 
-def merge_distributed(
-    post: Any, base: Any, new_base: Any, out: Any, alpha: float, dtype: Any, norms: bool
-) -> tuple[Any, Counts]:
-    """Merge DTensors as `ops.merge` does tensors; return the output and the counts of all shards."""
-    operands = {"post": post, "base": base, "new_base": new_base} | ({} if out is None else {"out": out})
-    for name, x in operands.items():
+def on_shards(named: dict[str, Any], out: Any, run: Callable[..., tuple[Any, Any]], norms: bool) -> tuple[Any, Counts]:
+    """Merge DTensors, new_base first among them: ``run(locals, out's)`` gives an output and counts of what is here.
+
+    Returns the output, placed as the operands are, and the counts of all shards, for which all ranks must call.
+    """
+    first = _placed_alike(named | ({} if out is None else {"out": out}))
+    if norms:
+        raise OperandError("norms: are defined by an order of elements that shards do not have; gather the tensors")
+    result, counts = run([_here(x) for x in named.values()], None if out is None else _here(out))
+    total = _summed(_counts(counts, result)[None], [first]).full_tensor()[0]
+    return (_spread(result, first) if out is None else out), Counts(*total.tolist())
+
+
+def many_on_shards(
+    merges: Sequence[tuple[Any, ...]], outs: Sequence[Any] | None, run: Callable[..., tuple[Any, Any]]
+) -> tuple[list[Any], list[Counts]]:
+    """Merge lists of DTensors: ``run(local merges, local outs)`` gives the outputs and counts of what is here."""
+    news = []
+    for k, each in enumerate(merges):
+        named = {
+            f"merges[{k}].{name}": x for name, x in zip(("new_base", "post", "base"), (each[2], *each), strict=False)
+        }
+        news.append(_placed_alike(named | ({} if outs is None else {f"outs[{k}]": outs[k]})))
+    here = [(*(_here(x) for x in each[:3]), *each[3:]) for each in merges]
+    results, counts = run(here, None if outs is None else [_here(x) for x in outs])
+    total = _summed(_stacked(counts), news).full_tensor()
+    placed = list(outs) if outs is not None else [_spread(r, n) for r, n in zip(results, news, strict=True)]
+    return placed, [Counts(*row) for row in total.tolist()]
+
+
+def _placed_alike(named: dict[str, Any]) -> Any:
+    """Return the first of DTensors, on whose shards all elements of the others lie; raise OperandError otherwise."""
+    first_name, first = next(iter(named.items()))
+    for name, x in named.items():
         if not is_distributed(x):
             raise OperandError(
                 f"{name}: expected a DTensor as the others are, got {type(x).__qualname__}; distribute it first with "
@@ -172,26 +200,51 @@ def merge_distributed(
             )
         if any(placement.is_partial() for placement in x.placements):
             raise OperandError(f"{name}: holds partial sums, of which no element is known; redistribute it first")
-        if x.placements != new_base.placements or x.device_mesh != new_base.device_mesh:
+        if x.placements != first.placements or x.device_mesh != first.device_mesh:
             raise OperandError(
-                f"{name}: expected new_base's placements, {new_base.placements}, got {x.placements}; redistribute it "
+                f"{name}: expected {first_name}'s placements, {first.placements}, got {x.placements}; redistribute it "
                 "first: that is communication, which no merge does unasked"
             )
-    if norms:
-        raise OperandError("norms: are defined by an order of elements that shards do not have; gather the tensors")
-    wanted = None if dtype is None else getattr(torch, str(parse_dtype("dtype", dtype).numpy))
-    if out is None:
-        result, counts = merge(post, base, new_base, alpha, wanted)
-    elif wanted not in (None, out.dtype):
-        raise OperandError(f"out: expected dtype {wanted}, got {out.dtype}; leave dtype out, or change one of the two")
-    else:
-        result, counts = out, merge_into(post, base, new_base, out, alpha)
-    return result, Counts(*counts.full_tensor().tolist())
+        if x.shape != first.shape:
+            raise OperandError(f"{name}: expected {first_name}'s shape, {tuple(first.shape)}, got {tuple(x.shape)}")
+    return first
+
+
+def _here(x: Any) -> Tensor:
+    """Return the shard of a DTensor that is on this rank."""
+    local: Tensor = x._local_tensor  # to_local() would add a node to autograd's graph
+    return local
+
+
+def _spread(local: Tensor, like: Any) -> Any:
+    """Return shards as a DTensor, of another's shape and placements."""
+    from torch.distributed.tensor import DTensor
+
+    strides = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=strides
+    )
+
+
+def _summed(counts: Tensor, tensors: Sequence[Any]) -> Any:
+    """Return the counts [n, 3] of n DTensors' shards as partial sums, those of replicated ones added once."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = tensors[0].device_mesh
+    for k, x in enumerate(tensors):
+        if x.device_mesh != mesh:
+            raise OperandError(f"tensors 0 and {k}: expected one device mesh, got {mesh} and {x.device_mesh}")
+    split = [any(not x.placements[d].is_replicate() for x in tensors) for d in range(mesh.ndim)]
+    place = mesh.get_coordinate()
+    again = [d for d in range(mesh.ndim) if split[d] and place[d] > 0]  # where replicas have been counted elsewhere
+    once = [not any(x.placements[d].is_replicate() for d in again) for x in tensors]
+    counts = counts * torch.tensor(once, dtype=torch.int64, device=counts.device)[:, None]
+    return DTensor.from_local(counts, mesh, [Partial() if s else Replicate() for s in split], run_check=False)
 
 
 def _register_shardings() -> None:
     """Tell DTensor how operators run on shards: all tensors placed alike, counts as partial sums."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
     def strategies(rank: int, tensors: int, others: int, outputs: int, dense: int) -> list[Any]:
@@ -210,9 +263,30 @@ def _register_shardings() -> None:
     def _(post: Any, base: Any, new_base: Any, out: Any, alpha: float = 1.0) -> list[Any]:
         return strategies(len(post.shape), 4, 1, 1, 0)
 
+    @register_sharding(merge_deltas)
+    def _(new_base: Any, posts: Any, bases: Any, alphas: Any, dtype: Any = None) -> list[Any]:
+        return strategies(len(new_base.shape), 1 + len(posts) + len(bases), 1 + len(alphas), 2, 1)
+
     @register_sharding(encode)
     def _(x: Any, dtype: Any) -> list[Any]:
         return strategies(len(x.shape), 1, 1, 2, 1)
+
+    # Each tensor of a list has placements of its own, which strategies for an operator cannot say.
+    def listed(cls: Any, operator: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        posts, bases, news, *rest = args
+        _same_lengths(posts, bases, news, "new_bases")
+        outs = rest[0] if operator is merge_many_into else [None] * len(news)
+        for k, (post, base, new, out) in enumerate(zip(posts, bases, news, outs, strict=True)):
+            named = {f"new_bases[{k}]": new, f"posts[{k}]": post, f"bases[{k}]": base}
+            _placed_alike(named | ({} if out is None else {f"outs[{k}]": out}))
+        here = [[_here(x) for x in each] if isinstance(each, (list, tuple)) else each for each in args]
+        done = operator(*here, **(kwargs or {}))
+        if operator is merge_many_into:
+            return _summed(done, news)
+        return [_spread(result, new) for result, new in zip(done[0], news, strict=True)], _summed(done[1], news)
+
+    for name in ("merge_many", "merge_many_into"):
+        torch.library.register_torch_dispatch(f"paramdelta::{name}", DTensor, listed, lib=_LIBRARY)
 
 
 if torch.distributed.is_available():

@@ -24,6 +24,51 @@ def refused(pattern: str, *operands: Any, **options: Any) -> None:
         ops.merge(*operands, **options)
 
 
+def lists(mesh: Any, whole: list[Any]) -> None:
+    """Several deltas, and lists of tensors with placements of their own."""
+    other = [torch.randn(1, 4) for _ in range(3)]  # one rank has no row of it
+    other[2][0, 1] = float("inf")
+    mixed = [
+        (whole, Shard(0), torch.bfloat16),
+        (other, Shard(0), torch.float32),
+        (whole, Replicate(), torch.bfloat16),
+        (other, Shard(1), torch.float32),
+    ]
+    spread = [[distribute_tensor(x, mesh, [place]) for x in triple] for triple, place, _ in mixed]
+    want = [ops.merge(*triple, alpha=0.5) for triple, _, _ in mixed]
+    posts, bases, news = (list(side) for side in zip(*spread, strict=True))
+    outs, counts = torch_ops.merge_many(posts, bases, news, 0.5)
+    targets = [torch.zeros_like(x) for x in news]
+    written = torch_ops.merge_many_into(posts, bases, news, targets, 0.5)
+    merged = ops.merge_many([(*triple, 0.5) for triple in spread])
+    again = [torch.zeros_like(x) for x in news]
+    kept = ops.merge_many([(*triple, 0.5) for triple in spread], outs=again)
+    for k, (_, place, dtype) in enumerate(mixed):
+        for got in (outs[k], targets[k], merged[k].out, again[k], kept[k].out):
+            assert (got.placements, got.dtype) == ((place,), dtype)
+            assert same(got.full_tensor(), want[k].out), k
+        assert merged[k].counts == kept[k].counts == want[k].counts
+    for each in (counts, written):
+        assert each.full_tensor().tolist() == [list(x.counts) for x in want]
+
+    deltas = [(whole[0], whole[1], 0.5), (whole[1], whole[2], 1.0)]
+    wanted = ops.merge_deltas(whole[2], deltas)
+    for place in (Shard(0), Shard(1), Replicate()):
+        a, b, c = (distribute_tensor(x, mesh, [place]) for x in whole)
+        out, counts = torch_ops.merge_deltas(c, [a, b], [b, c], [0.5, 1.0])
+        assert out.placements == (place,)
+        assert same(out.full_tensor(), wanted.out)
+        assert counts.full_tensor().tolist() == list(wanted.counts)
+        merged_deltas = ops.merge_deltas(c, [(a, b, 0.5), (b, c)])
+        assert same(merged_deltas.out.full_tensor(), wanted.out)
+        assert merged_deltas.counts == wanted.counts
+        assert same(ops.encode(a, "f16").out.full_tensor(), ops.encode(whole[0], "f16").out)
+    with pytest.raises(OperandError, match=r"posts\[0\]: expected new_bases\[0\]'s placements"):
+        torch_ops.merge_many([spread[2][0]], [spread[0][1]], [spread[0][2]])
+    with pytest.raises(OperandError, match=r"merges\[1\].base: expected a DTensor"):
+        ops.merge_many([spread[0], (spread[0][0], whole[1], spread[0][2])])
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -47,6 +92,7 @@ def main() -> None:
         assert same(target.full_tensor(), want.out)
         wide, _ = torch_ops.encode(parts[1], torch.float64)
         assert same(wide.full_tensor(), ops.decode(whole[1]))
+    lists(mesh, whole)
     rows, columns = (distribute_tensor(whole[0], mesh, [Shard(axis)]) for axis in (0, 1))
     refused("base: expected new_base's placements", rows, columns, rows)
     refused("base: expected a DTensor as the others are, got Tensor", rows, whole[0], rows)
