@@ -111,7 +111,7 @@ class Part:
                 )
 
 
-class _Along(NamedTuple):
+class Along(NamedTuple):
     """Along one axis: the first unit a shard touches, how many, how many there are, and the phase in the first."""
 
     first: int
@@ -120,7 +120,8 @@ class _Along(NamedTuple):
     phase: int
 
     @classmethod
-    def of(cls, first: int, count: int, whole: int, unit: int) -> _Along:
+    def of(cls, first: int, count: int, whole: int, unit: int) -> Along:
+        """Return what elements first to first + count of ``whole`` touch in units of ``unit``, 0 for all."""
         if unit == 0:
             return cls(0, 1, 1, 0)
         start = first // unit
@@ -185,7 +186,7 @@ class Plane:
         if bits.itemsize * 8 != wanted.bits or (dtype is not None and dtype.merges and dtype != wanted):
             raise OperandTypeError(f"{self.name}: expected scales of {grid.scale}, got dtype {given.dtype}")
         (rows, cols), part = self.shape, self.part
-        up, across = _Along.of(part.row, rows, part.rows, grid.rows), _Along.of(part.col, cols, part.cols, grid.cols)
+        up, across = Along.of(part.row, rows, part.rows, grid.rows), Along.of(part.col, cols, part.cols, grid.cols)
         touched, whole = (up.touched, across.touched), (up.whole, across.whole)
         shape = next((s for s in (touched, whole) if _fits(bits, s)), None)
         if shape is None and bits.ndim == 2 and all(n in ns for n, ns in zip(bits.shape, (up, across), strict=True)):

@@ -198,6 +198,8 @@ def _placed_alike(named: dict[str, Any]) -> Any:
                 f"{name}: expected a DTensor as the others are, got {type(x).__qualname__}; distribute it first with "
                 "torch.distributed.tensor.distribute_tensor"
             )
+        if x.requires_grad:
+            raise OperandError(f"{name}: requires grad, and no gradient passes here; pass {name}.detach()")
         if any(placement.is_partial() for placement in x.placements):
             raise OperandError(f"{name}: holds partial sums, of which no element is known; redistribute it first")
         if x.placements != first.placements or x.device_mesh != first.device_mesh:
@@ -236,7 +238,9 @@ def _summed(counts: Tensor, tensors: Sequence[Any]) -> Any:
             raise OperandError(f"tensors 0 and {k}: expected one device mesh, got {mesh} and {x.device_mesh}")
     split = [any(not x.placements[d].is_replicate() for x in tensors) for d in range(mesh.ndim)]
     place = mesh.get_coordinate()
-    again = [d for d in range(mesh.ndim) if split[d] and place[d] > 0]  # where replicas have been counted elsewhere
+    again = [
+        d for d in range(mesh.ndim) if split[d] and place and place[d] > 0
+    ]  # where replicas have been counted elsewhere
     once = [not any(x.placements[d].is_replicate() for d in again) for x in tensors]
     counts = counts * torch.tensor(once, dtype=torch.int64, device=counts.device)[:, None]
     return DTensor.from_local(counts, mesh, [Partial() if s else Replicate() for s in split], run_check=False)
@@ -276,6 +280,7 @@ def _register_shardings() -> None:
         posts, bases, news, *rest = args
         _same_lengths(posts, bases, news, "new_bases")
         outs = rest[0] if operator is merge_many_into else [None] * len(news)
+        _same_lengths(posts, bases, outs, "outs")
         for k, (post, base, new, out) in enumerate(zip(posts, bases, news, outs, strict=True)):
             named = {f"new_bases[{k}]": new, f"posts[{k}]": post, f"bases[{k}]": base}
             _placed_alike(named | ({} if out is None else {f"outs[{k}]": out}))
