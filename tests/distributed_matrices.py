@@ -1,4 +1,4 @@
-"""What each of two processes does in tests/test_scaled_places.py: merges quantised matrices that are DTensors."""
+"""What each of two processes does in tests/test_sharded_matrices.py: merges quantised matrices that are DTensors."""
 
 from __future__ import annotations
 
