@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,3 +98,9 @@ def from_numpy(dtype: Any) -> DType | None:
 
     name = np.dtype(dtype).name
     return next((d for d in DTYPES if d.numpy == ("bool_" if name == "bool" else name)), None)
+
+
+@lru_cache
+def from_torch(dtype: Any) -> DType | None:
+    """Return the DType of a torch dtype, or None where there is none."""
+    return next((d for d in DTYPES if d.torch is not None and f"torch.{d.torch}" == str(dtype)), None)

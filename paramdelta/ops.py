@@ -145,7 +145,8 @@ def merge_many(
     """Compute ``out = new_base + alpha · (post − base)`` for many tensors: on a CUDA device, in a launch for hundreds.
 
     ``merges`` is a sequence of ``(post, base, new_base)`` or ``(post, base, new_base, alpha)``; ``outs`` has an entry
-    for each, apart from all other tensors. All must be on one device. All else is as for :func:`merge`.
+    for each, apart from all other tensors. All must be on one device, or be DTensors on one mesh, each merge's placed
+    alike. All else is as for :func:`merge`.
     """
     results, counts = enqueue_many(merges, outs, dtype, threads)
     if isinstance(counts, list):

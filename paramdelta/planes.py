@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta.dtypes import BY_NAME, DType, from_numpy
+from paramdelta.dtypes import BY_NAME, DType, from_numpy, from_torch
 from paramdelta.errors import OperandError, OperandTypeError
 from paramdelta.formats import CODEC_BITS, CODECS, Format
 from paramdelta.tensors import geometry
@@ -250,7 +250,7 @@ def _bits(name: str, x: Any) -> tuple[NDArray[Any], Any, DType | None]:
         if x.device.type not in ("cpu", "cuda"):
             raise OperandError(f"{name}: is on {x.device}, but only CPU and CUDA tensors are supported")
         source = x
-        found = next((d for d in BY_NAME.values() if f"torch.{d.torch}" == str(x.dtype)), None)
+        found = from_torch(x.dtype)
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         if x.element_size() not in integers:
             raise OperandTypeError(f"{name}: expected elements of 1, 2, 4 or 8 bytes, got dtype {x.dtype}")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta.backends import Operand
-from paramdelta.dtypes import BY_NAME, BY_SAFETENSORS, DTYPES, MERGE_DTYPES, DType, from_numpy
+from paramdelta.dtypes import BY_NAME, BY_SAFETENSORS, MERGE_DTYPES, DType, from_numpy, from_torch
 from paramdelta.errors import OperandError, OperandTypeError, shown
 
 _SUPPORTED = ", ".join(d.name for d in MERGE_DTYPES)
@@ -130,7 +130,7 @@ def parse_dtype(name: str, dtype: Any) -> DType:
     elif isinstance(dtype, str) and (dtype in BY_NAME or dtype in BY_SAFETENSORS):
         found = BY_NAME.get(dtype) or BY_SAFETENSORS[dtype]
     elif torch is not None and isinstance(dtype, torch.dtype):
-        found = next((d for d in DTYPES if f"torch.{d.numpy}" == str(dtype)), None)
+        found = from_torch(dtype)
     else:
         try:
             found = from_numpy(dtype)
@@ -161,8 +161,8 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
         raise OperandTypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}; pass {name}.to_dense()")
     if x.requires_grad:
         raise OperandError(f"{name}: requires grad, and no gradient passes here; pass {name}.detach()")
-    dtype = next((d for d in MERGE_DTYPES if f"torch.{d.numpy}" == str(x.dtype)), None)
-    if dtype is None:
+    dtype = from_torch(x.dtype)
+    if dtype is None or not dtype.merges:
         raise OperandTypeError(f"{name}: expected one of {_SUPPORTED}, got dtype {x.dtype}")
     if x.is_neg():
         raise OperandError(f"{name}: is a lazily negated view; pass {name}.resolve_neg()")

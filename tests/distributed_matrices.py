@@ -109,6 +109,7 @@ def main() -> None:
     with pytest.raises(OperandError, match="expected placements Shard and Replicate"):
         scaled.merge_scaled(Matrix(sums), [], dtype="bf16")
     print("all equal", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -114,6 +114,7 @@ def main() -> None:
         ops.merge(post, base, parameter.detach(), out=parameter.detach())
         assert same(parameter.full_tensor().detach(), wanted[name]), name
     print("all equal", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
 
 

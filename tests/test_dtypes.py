@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paramdelta import _cpu, reference
-from paramdelta.dtypes import BY_NAME, BY_SAFETENSORS, DTYPES, MERGE_DTYPES, DType, from_numpy
+from paramdelta.dtypes import BY_NAME, BY_SAFETENSORS, DTYPES, MERGE_DTYPES, DType, from_numpy, from_torch
 
 STUB = Path(__file__).parent.parent / "paramdelta" / "_cpu.pyi"
 
@@ -34,6 +34,15 @@ def test_formats_are_those_of_numpy(dtype: DType) -> None:
     assert (form.mantissa, form.emin) == (info.nmant, info.minexp)
     largest = np.array(form.largest, reference.code_type(dtype)).view(dtype.to_numpy())
     assert largest == info.max
+
+
+def test_dtypes_of_torch() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    for dtype in DTYPES:
+        theirs = getattr(torch, dtype.torch or "", None)
+        assert theirs is None or from_torch(theirs) == dtype
+    assert from_torch(torch.bool) == BY_NAME["bool"]
+    assert from_torch(torch.complex128) is None
 
 
 def test_the_stub_is_the_module() -> None:
