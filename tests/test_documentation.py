@@ -1,8 +1,8 @@
 """The documentation holds: every block of README.md and docs/ is run in a folder with small checkpoints of the names in
 the text, output that is shown is compared, links lead somewhere, and the generated reference is current.
 
-In front of a block, a comment of HTML may say ``not run: REASON``, ``needs: MODULE`` or ``given: NAME = ROLE [FORMAT]``
-(a checkpoint that its name in an option does not describe). What is not run is still parsed, and its options looked up.
+In front of a block, a comment of HTML may say ``not run: REASON``, ``needs: MODULE``, ``given: NAME = ROLE [FORMAT]`` (a
+checkpoint that the option before its name does not describe) or ``lacks: NAME`` (one that is not there). What is not run is still parsed, and its options looked up.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ class World:
                 name, _, kind = (text.strip() for text in one.partition("="))
                 self.make(name, *kind.split())
         for role, name in block.inputs:
-            if name not in block.outputs:
+            if name not in block.outputs and name not in block.notes.get("lacks", "").split():
                 self.make(name, role)
         for name in block.outputs:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def make(self, name: str, role: str, quantised: str = "") -> None:
         target = self.folder / name
-        if target.exists():
+        within = self.folder / Path(name).parts[0]
+        if target.exists() or (within != target and within.exists()):  # the latter: in a folder that the page has made
             return
         assert not Path(name).is_absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
