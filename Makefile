@@ -5,8 +5,8 @@ VENV := .venv
 FUZZ_SECONDS ?= 600
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.?pp' 2>/dev/null)
-CPP := $(shell find csrc benchmarks -name '*.?pp' 2>/dev/null)
+SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc -name '*.?pp' -o -name '*.cu' 2>/dev/null)
+CPP := $(shell find csrc benchmarks -name '*.?pp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mergekit lint format reference bench experiments fuzz sanitize wheel sdist clean

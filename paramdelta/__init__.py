@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from paramdelta.deltas import apply, extract
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
-    from paramdelta.report import MergeReport
+    from paramdelta.report import MergeReport, SweepReport
     from paramdelta.streaming import stream
+    from paramdelta.sweeping import interpolate, sweep
     from paramdelta.verification import verify
 
 __version__ = "0.1.0"
@@ -44,9 +45,12 @@ _LAZY = {
     "stream": "paramdelta.streaming",
     "verify": "paramdelta.verification",
     "finalize": "paramdelta.gathering",
+    "sweep": "paramdelta.sweeping",
+    "interpolate": "paramdelta.sweeping",
     "extract": "paramdelta.deltas",
     "apply": "paramdelta.deltas",
     "MergeReport": "paramdelta.report",
+    "SweepReport": "paramdelta.report",
     "ops": "",
     "reference": "",
 }
@@ -64,15 +68,18 @@ __all__ = [
     "PlanError",
     "PrecisionError",
     "StorageError",
+    "SweepReport",
     "__version__",
     "analyze",
     "apply",
     "extract",
     "finalize",
+    "interpolate",
     "merge",
     "ops",
     "reference",
     "stream",
+    "sweep",
     "verify",
 ]
 

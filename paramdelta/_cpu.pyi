@@ -68,11 +68,14 @@ class Engine:
         columns: dict[str, Any],
         tensors: int,
         units: int,
+        variants: int = 1,
+        own_input: int = -1,
         inputs: list[Any],
         outputs: list[Any],
         threads: int,
         slot_bytes: int,
         isa: str | None,
+        stage: Any = None,
     ) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...

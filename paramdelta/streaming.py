@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from paramdelta import engine
+from paramdelta import devices, engine
 from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
+from paramdelta.stages import Kernel, KernelStage
 
 if TYPE_CHECKING:
     from paramdelta.plan import Plan
@@ -33,7 +34,9 @@ def stream(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "cpu",
     batch_bytes: int = BATCH_BYTES,
+    kernel: Kernel | None = None,
     **policies: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Yield ``(name, new_base + alpha · (post − base))`` for every tensor, in the order of the output's files.
@@ -44,8 +47,11 @@ def stream(
     Parameters
     ----------
     post, base, new_base : checkpoint folders; lists of post and base for several deltas
-    framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch CPU tensors
+    framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch tensors
+    device : ``"cpu"``, or ``"cuda"``, ``"cuda:1"`` …: tensors of that GPU, merged there (``framework="pt"``)
     threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`
+    kernel : other arithmetic than a merge's, called for every piece of a tensor whose parts lie in a slot
+        (:mod:`paramdelta.stages`); copies, and quantised weights, come as ever
     **policies : as in :func:`paramdelta.merge`, except ``overwrite``
 
     Raises
@@ -57,9 +63,14 @@ def stream(
 
     if framework not in ("np", "pt"):
         raise OperandError(f"framework: expected 'np' or 'pt', got {framework!r}")
+    if device != "cpu" and (framework != "pt" or not device.startswith("cuda") or kernel is not None):
+        raise OperandError(f"device: {device!r} needs framework='pt', and is 'cuda' or 'cuda:N', without a kernel")
     request = make_request(post=post, base=base, new_base=new_base, out=None, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
-    return _batches(prepare(request), framework, options, batch_bytes)
+    stage = None if kernel is None else KernelStage(kernel)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device, stage=stage)
+    plan = prepare(request)
+    options = devices.resolved(options, plan.work)
+    return _batches(plan, framework, options, batch_bytes)
 
 
 def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:
@@ -103,8 +114,10 @@ class Batch:
         self, plan: Plan, work: Work, tensors: Sequence[int], framework: str, options: engine.EngineOptions
     ) -> None:
         self._plan, self._tensors = plan, tensors
-        allocate = _allocate_torch if framework == "pt" else _allocate_numpy
-        pairs = [allocate(plan, tensor) for tensor in tensors]
+        device = options.device if options.stage is not None else "cpu"
+        pairs = [_allocate_numpy(plan, t) if framework == "np" else _allocate_torch(plan, t, device) for t in tensors]
+        if device.startswith("cuda"):
+            _wait_for_earlier_work(device)
         self._values = [value for value, _ in pairs]
         plan.check_inputs()
         part = _into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
@@ -204,7 +217,7 @@ def _allocate_numpy(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]
     return value, value.reshape(-1).view(np.uint8)
 
 
-def _allocate_torch(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]:
+def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarray[Any, Any] | engine.DeviceMemory]:
     import torch
 
     dtype, shape = plan.dtype_of(tensor), plan.shape_of(tensor)
@@ -213,5 +226,14 @@ def _allocate_torch(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]
         raise OperandError(
             f"{shown(plan.names[tensor])}: this torch has no {dtype.name} tensors; framework='np' yields it"
         )
-    value = torch.empty(shape, dtype=torch_dtype)
+    value = torch.empty(shape, dtype=torch_dtype, device=device)
+    if device != "cpu":
+        return value, engine.DeviceMemory(value.data_ptr(), value.nbytes)
     return value, value.reshape(-1).view(torch.uint8).numpy()
+
+
+def _wait_for_earlier_work(device: str) -> None:
+    """torch hands out memory that kernels queued earlier may still be using; other streams must wait for those."""
+    import torch
+
+    torch.cuda.current_stream(device).synchronize()

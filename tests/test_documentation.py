@@ -1,8 +1,12 @@
 """The documentation holds: every block of README.md and docs/ is run in a folder with small checkpoints of the names in
 the text, output that is shown is compared, links lead somewhere, and the generated reference is current.
 
-In front of a block, a comment of HTML may say ``not run: REASON``, ``needs: MODULE``, ``given: NAME = ROLE [FORMAT]`` (a
-checkpoint that the option before its name does not describe) or ``lacks: NAME`` (one that is not there). What is not run is still parsed, and its options looked up.
+In front of a block, a comment of HTML may say
+
+    not run: REASON                 it is parsed all the same, and its options are looked up
+    needs: MODULE                   it is run where that is installed
+    given: NAME = ROLE [FORMAT]     a checkpoint that the option before its name does not describe
+    lacks: NAME                     a checkpoint that is not there
 """
 
 from __future__ import annotations

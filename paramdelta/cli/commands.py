@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paramdelta import __version__
-from paramdelta.cli import analysis, deltas, options
+from paramdelta.cli import analysis, deltas, options, sweeps
 
 _EXAMPLES = """
 \b
@@ -54,6 +54,14 @@ Examples
 """
 
 
+_INFO_EXAMPLES = """
+\b
+Examples
+  paramdelta info
+  paramdelta info --json
+"""
+
+
 class _InOrder(click.Group):
     """Shows commands in the order of a session, not of the alphabet."""
 
@@ -80,6 +88,7 @@ def cli() -> None:
 @click.option("--out", required=True, type=options.FOLDER, metavar="DIR", help="The folder to write.")
 @options.policies
 @options.machine
+@options.device
 @click.option("--allow-nonfinite", is_flag=True, help="Publish even with NaN, Inf or overflow in the result.")
 @click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")
@@ -134,6 +143,10 @@ def finalize(
     render.print_warnings(report.warnings)
     if not quiet:
         present.merge_report(report)
+
+
+cli.add_command(sweeps.sweep)
+cli.add_command(sweeps.interpolate)
 
 
 @cli.command(short_help="Say what a merge would do; write nothing.", epilog=_PLAN_EXAMPLES)
@@ -226,6 +239,20 @@ def verify(out: str, memory: str, as_json: bool, quiet: bool, **arguments: Any) 
 
 
 cli.add_command(analysis.analyze)
+
+
+@cli.command(short_help="Show which backends run here, and why others do not.", epilog=_INFO_EXAMPLES)
+@options.output
+def info(as_json: bool, quiet: bool) -> None:
+    """Show the version, the threads that a merge would use, and for each backend its instruction sets or
+    architectures, or why it cannot run here."""
+    from paramdelta.cli import info as facts
+
+    gathered = facts.gather()
+    if as_json:
+        click.echo(json.dumps(gathered, indent=2))
+    elif not quiet:
+        facts.show(gathered)
 
 
 @cli.command(short_help="Make, merge and verify three small checkpoints.")

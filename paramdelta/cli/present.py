@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
     from paramdelta.forecast import Forecast, Speeds
     from paramdelta.plan import MergeRequest, Plan
-    from paramdelta.report import MergeReport, RankReport
+    from paramdelta.report import MergeReport, RankReport, SweepReport
     from paramdelta.verification import VerifyReport
 
 _PROBE_BYTES = 256 << 20
@@ -59,7 +59,8 @@ def engine_options(memory: str, **machine: Any) -> EngineOptions:
     try:
         return EngineOptions(memory=size, **machine)
     except OperandError as error:
-        raise InputError(Complaint("--memory", str(error).removeprefix("memory: "))) from None
+        name, _, text = str(error).partition(": ")
+        raise InputError(Complaint(f"--{name}", text)) from None
 
 
 def rank_report(report: RankReport) -> None:
@@ -94,6 +95,7 @@ def merge_report(report: MergeReport) -> None:
             f"{count(report.threads, 'thread')}, {report.isa}, "
             f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
         ),
+        ("device", report.device + (f": {report.device_why}" if report.device_why else "")),
         ("storage", "; ".join(f"{_files(ways)} {what}" for what, ways in report.io.items() if ways)),
     ]
     rows += vocabulary_rows(report.policies)
@@ -107,6 +109,22 @@ def merge_report(report: MergeReport) -> None:
     print_table("merged", rows)
     if report.quantised:
         _quantised_table(report)
+
+
+def sweep_report(report: SweepReport) -> None:
+    """Print what closes a sweep."""
+    rows = [(str(one.out), human_bytes(one.bytes_written), tensor_summary(one.policies)) for one in report.folders]
+    print_columns("folders", ("folder", "written", "tensors"), rows)
+    moved = report.bytes_read + report.bytes_written
+    speed = human_bytes(moved / max(report.engine_seconds, 1e-9))
+    closing = [
+        ("moved", f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"),
+        ("passes", f"{report.passes:,} over the inputs"),
+        ("time", f"{human_seconds(report.seconds)}, {speed}/s"),
+    ]
+    if report.resumed_bytes:
+        closing.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
+    print_table("swept", closing)
 
 
 _WAYS = {"cached": "in the page cache", "passing": "through the page cache", "direct": "past the page cache"}

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from paramdelta import ops
-from paramdelta.backends import Counts
 from paramdelta.errors import Complaint, InputError, NonFiniteError, ParamDeltaError, shown
 
 try:
@@ -86,7 +85,7 @@ class ParamDeltaMerge(MergeMethod):  # type: ignore[misc]
             for delta in paired(group, given["role"], given["alpha"])
         ]
         merged = ops.merge_deltas(_operand(new_base), deltas, dtype=dtype)
-        if _not_finite(merged.counts) and not given["allow_nonfinite"]:
+        if not merged.counts.clean and not given["allow_nonfinite"]:
             raise NonFiniteError(
                 f"{shown(group.metadata.name)}: results that are not finite: {merged.counts.nan:,} NaN, "
                 f"{merged.counts.inf:,} Inf, {merged.counts.overflow:,} overflow "
@@ -117,10 +116,6 @@ def paired(group: TensorGroup, roles: Any, alphas: Any) -> list[Delta]:
 
 def _operand(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
-
-
-def _not_finite(counts: Counts) -> bool:
-    return bool(counts.nan or counts.inf or counts.overflow)
 
 
 def register() -> None:

@@ -99,13 +99,17 @@ def lay_out(
     if maker.wrong:
         raise PlanError(maker.wrong)
     spans, units, kept = _with_copies(spans, made.copies)
+    columns = made.columns(maker.views)
     work = Work(
         inputs=(*inputs, made.literals) if made.literals else inputs,
         outputs=tuple(zip(file_names, sizes, strict=True)),
         headers=tuple(headers),
         spans=spans,
         terms=terms,
-        **made.columns(maker.views),
+        regions=columns["regions"],
+        region_terms=columns["region_terms"],
+        views=columns["views"],
+        recipes=columns["recipes"],
         scale_tensors=np.array(made.scale_tensors, np.int64),
         extents=_extents(files, offsets, nbytes[order]),
         units=tuple(made.units),
