@@ -202,8 +202,9 @@ def _declared(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
     decorators = [f"@{ast.unparse(d)}" for d in node.decorator_list]
     if isinstance(node, ast.ClassDef):
         bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
-        fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign) and not _hidden(n)]
-        return [f"class {node.name}{bases}:", *(f"    {f}" for f in fields or ["..."])]
+        fields = [_quoted(ast.unparse(n)) for n in node.body if isinstance(n, ast.AnnAssign) and not _hidden(n)]
+        head = f"class {node.name}{bases}:"
+        return [head, *(f"    {f}" for f in fields)] if fields else [f"{head} ..."]
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     arguments = _arguments(node.args)
     line = f"def {node.name}({', '.join(arguments)}){returns}: ..."
@@ -225,6 +226,11 @@ def _hidden(node: ast.AnnAssign) -> bool:
     return isinstance(node.target, ast.Name) and node.target.id.startswith("_")
 
 
+def _quoted(text: str) -> str:
+    """Text in double quotes, as a formatter spells it."""
+    return text.replace("'", '"')
+
+
 def _arguments(arguments: ast.arguments) -> list[str]:
     """Return arguments one by one, as a formatter spells them."""
     parts, depth = [""], 0
@@ -234,7 +240,7 @@ def _arguments(arguments: ast.arguments) -> list[str]:
             parts.append("")
         else:
             parts[-1] += " = " if letter == "=" and depth == 0 and ":" in parts[-1] else letter
-    return [part.strip().replace("'", '"') for part in parts if part.strip()]
+    return [_quoted(part.strip()) for part in parts if part.strip()]
 
 
 def _documented(docstring: str) -> Iterator[str]:
