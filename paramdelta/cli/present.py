@@ -53,7 +53,7 @@ def merge_inputs(
 def engine_options(memory: str, **machine: Any) -> EngineOptions:
     """Return the engine's options, ``memory`` as ``auto`` or a size such as ``256MiB``, or raise InputError."""
     from paramdelta.engine import EngineOptions
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     size = None if memory == "auto" else parse_size(memory, option="--memory")
     try:
@@ -76,7 +76,7 @@ def rank_report(report: RankReport) -> None:
 
 def memory_bytes(memory: str) -> int | None:
     """Return the bytes that ``--memory`` spells, None for ``auto``. Raises InputError."""
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     return None if memory == "auto" else parse_size(memory, option="--memory")
 
@@ -224,7 +224,7 @@ def speeds(
 ) -> Speeds | None:
     """Return the speeds that options spell (``50GB/s``), None where there are none. Raises InputError."""
     from paramdelta.forecast import Speeds
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     given = {"read": read, "write": write, "link": link, "memory": memory}
     wrong: list[Complaint] = []
