@@ -15,7 +15,7 @@ SHELL, PYTHON, CONSOLE = ("bash", "sh"), ("python",), ("console",)
 # What is shown, not run: output, data, declarations.
 SHOWN = ("text", "json", "yaml", "pyi", "csv")
 
-_NOTE = re.compile(r"<!--\s*(not run|needs|given|lacks):\s*(.*?)\s*-->", re.DOTALL)
+_NOTE = re.compile(r"<!--\s*(not run|needs|given|lacks|file):\s*(.*?)\s*-->", re.DOTALL)
 _FENCE = re.compile(r"^( *)```(\S*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _ENDS_A_COMMAND = re.compile(r"[;&|()<>]+")
 # By option or keyword: the part that the named checkpoint plays.

@@ -7,6 +7,7 @@ In front of a block, a comment of HTML may say
     needs: MODULE                   it is run where that is installed
     given: NAME = ROLE [FORMAT]     a checkpoint that the option before its name does not describe
     lacks: NAME                     a checkpoint that is not there
+    file: NAME                      what the block shows is in that file
 """
 
 from __future__ import annotations
@@ -159,8 +160,9 @@ def test_blocks_run(path: Path, models: Path, programs: Path, tmp_path: Path, mo
         where = f"{named(path)}:{block.line}"
         lacking = [name for name in block.notes.get("needs", "").split() if find_spec(name) is None]
         if block.language in SHOWN:
-            continue
-        if "not run" in block.notes:
+            if "file" in block.notes:
+                (tmp_path / block.notes["file"]).write_text(block.code)
+        elif "not run" in block.notes:
             print(f"{where} is not run: {block.notes['not run']}")
         elif lacking:
             print(f"{where} is not run: {', '.join(lacking)} not installed")

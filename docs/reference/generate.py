@@ -25,7 +25,7 @@ MODULES = {
     "paramdelta.scaled": "Quantised matrices in memory.",
     "paramdelta.mapping": "Merged tensors by name, in an order of the caller's.",
     "paramdelta.stages": "Kernels of one's own in the streaming engine.",
-    "paramdelta.torch_ops": "Operators of PyTorch.",
+    "paramdelta.torch_ops": "Operators of PyTorch, with the arguments that [GPUs](../gpu.md#pytorch-operators) lists.",
     "paramdelta.integrations.transformers": "Merges as models of transformers.",
     "paramdelta.integrations.mergekit": "The merge method of mergekit.",
     "paramdelta.plan": "What a merge would do, as data.",
@@ -134,10 +134,9 @@ def api_page() -> str:
         "`paramdelta` imports none of what is below, and nothing imports torch until a torch tensor is asked for.\n",
     ]
     for module, about in MODULES.items():
-        found = list(_public(module))
-        if found:
+        if _source(module):
             lines += [f"## {module}\n", f"{about}\n"]
-            for one in found:
+            for one in _public(module):
                 lines += _described(one)
     return "\n".join(lines).rstrip() + "\n"
 
