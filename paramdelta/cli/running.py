@@ -31,8 +31,8 @@ def run(
     done: str = "merged",
     **request: Any,
 ) -> None:
-    """Carry out the request that ``make_request`` makes of the options ``request``, and show what came of it, in the word
-    ``done``."""
+    """Carry out the request that ``make_request`` makes of the options ``request``, and show what came of it; ``done``
+    is the word for it."""
     from paramdelta import merging
     from paramdelta.cli import many, present, render
 
