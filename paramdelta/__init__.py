@@ -1,8 +1,8 @@
 """Carry post-training over to another base: ``new_base + alpha · (post − base)`` over whole LLM checkpoints.
 
 ``merge`` writes a checkpoint folder, ``extract`` and ``apply`` do so in two steps with the delta as a folder between
-them, ``stream`` yields merged tensors without writing, ``ops`` merges arrays and tensors in memory, ``reference``
-states the arithmetic in NumPy. Importing this package imports none of them, and nothing in it imports torch until a
+them, ``recycle`` takes a delta from version to version of a base, ``stream`` yields merged tensors without writing,
+``ops`` merges arrays and tensors in memory, ``reference`` states the arithmetic in NumPy. Importing this package imports none of them, and nothing in it imports torch until a
 torch tensor is passed in.
 """
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from paramdelta.deltas import apply, extract
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
+    from paramdelta.recycling import recycle
     from paramdelta.report import MergeReport
     from paramdelta.streaming import stream
     from paramdelta.verification import verify
@@ -43,6 +44,7 @@ _LAZY = {
     "finalize": "paramdelta.gathering",
     "extract": "paramdelta.deltas",
     "apply": "paramdelta.deltas",
+    "recycle": "paramdelta.recycling",
     "MergeReport": "paramdelta.report",
     "ops": "",
     "reference": "",
@@ -66,6 +68,7 @@ __all__ = [
     "finalize",
     "merge",
     "ops",
+    "recycle",
     "reference",
     "stream",
     "verify",

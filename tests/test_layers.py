@@ -20,6 +20,7 @@ LAYERS = [
     ("__main__",),
     ("cli",),
     ("demo",),
+    ("recycling",),
     ("verification", "streaming", "deltas"),
     ("recompute", "integrity"),
     ("coordination",),

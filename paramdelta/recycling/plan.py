@@ -4,6 +4,7 @@ and checked, every complaint at once."""
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -12,21 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from paramdelta.deltas import apply_request, extract_request
-from paramdelta.errors import Complaint, InputError, PlanError, shown
+from paramdelta.errors import Complaint, InputError, shown
+from paramdelta.plan import MergeRequest
 from paramdelta.recycling.reading import Document, Where, read
 
 PLACES = ("start", "out", "version", "index")  # what a command is told
 KEPT = ("starts", "outs")
 UNFINISHED = ("remove", "keep")
-_EXTRACT = (
-    "dtype lossless include exclude copy_from rename_post rename_base vocab stacks max_shard_size no_quantise "
-    "allow_unscaled allow_nonfinite max_quant_error"
-).split()
-_APPLY = (
-    "alphas include exclude copy_from rename_post rename_base rename_new_base vocab tokenizer dtype stacks format "
-    "block_size scale_type no_quantise scale_policy activation_scales max_shard_size allow_unscaled allow_nonfinite "
-    "max_quant_error"
-).split()
+_NOT_POLICIES = {"cls", "post", "base", "new_base", "out", "kind", "delta_dtype", "lossless", "alpha", "overwrite"}
+_STANDS_FOR_A_FOLDER = "<"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
 _PLACE = re.compile(r"(?<![${])\{(\w+)\}(?!\})")
 _TWICE = re.compile(r"\{\{(\w+)\}\}")
@@ -142,6 +137,8 @@ class _Reader:
         )
         found["out"] = (folder / found["out"] if out is None else Path(out)).absolute()
         self._policies(found)
+        if self.wrong:
+            return None
         return RecyclePlan(document=self.document, **found)
 
     def _expected(self, where: Where, expected: str, got: Any, remedy: str = "") -> None:
@@ -157,6 +154,8 @@ class _Reader:
 
     def text(self, where: Where, value: Any) -> str:
         """Read text that is not empty and no path or argument would end at."""
+        if isinstance(value, Path):
+            return str(value)
         if isinstance(value, str) and value and "\0" not in value:
             return value
         remedy = "" if isinstance(value, str | list | Mapping) else "put it in quotes"
@@ -201,7 +200,7 @@ class _Reader:
                     if name and not _NAME.fullmatch(name):
                         self._expected((*here, "name"), "letters, digits and . _ + - (at most 100)", name)
                 here, entry = (*here, "model"), entry["model"]
-            model = self.text(here, str(entry) if isinstance(entry, Path) else entry)
+            model = self.text(here, entry)
             made.append(Version(number + 1, name or _name_of(model), model))
         return tuple(made)
 
@@ -216,7 +215,7 @@ class _Reader:
         found = []
         for number, argument in enumerate(value):
             here = (*where, number)
-            found.append(self.written(here, str(argument) if isinstance(argument, Path) else argument))
+            found.append(self.written(here, argument))
             self._places(here, found[-1])
         return tuple(found)
 
@@ -267,23 +266,25 @@ class _Reader:
 
     def _policies(self, found: dict[str, Any]) -> None:
         """Have the requests checked as they will be made; their complaints name options of the command line."""
-        apply = {"alpha": found.get("alpha", 1.0), **found.get("apply", {})}
-        for name, names, check in (
-            ("extract", _EXTRACT, lambda: extract_request(post="post", base="base", **found.get("extract", {}))),
-            ("apply", _APPLY, lambda: apply_request(new_base="new_base", deltas="delta", **apply)),
-        ):
-            before = len(self.wrong)
-            self._known((name,), found.get(name, {}), names)
-            if len(self.wrong) == before:
-                self._checked(name, found.get(name, {}), check)
+        policies = sorted(set(inspect.signature(MergeRequest.build).parameters) - _NOT_POLICIES)
+        extract, apply = found.get("extract", {}), found.get("apply", {})
+        alpha = found.get("alpha", 1.0)
+        self._checked("extract", extract, [*policies, "lossless"], extract_request, post="<post>", base="<base>")
+        self._checked("apply", apply, policies, apply_request, new_base="<new_base>", deltas="<delta>", alpha=alpha)
 
-    def _checked(self, name: str, given: Mapping[str, Any], check: Callable[[], object]) -> None:
+    def _checked(
+        self, name: str, given: Mapping[str, Any], names: list[str], check: Callable[..., object], **stand_ins: Any
+    ) -> None:
+        before = len(self.wrong)
+        self._known((name,), given, names)
+        if len(self.wrong) > before:
+            return
         try:
-            check()
-        except PlanError as error:
+            check(**stand_ins, **given)
+        except InputError as error:
             for complaint in error.complaints:
-                if complaint.problem.startswith((": there is no such folder",)) or "no such folder" in complaint.problem:
-                    continue  # names that stand for folders
+                if complaint.subject.startswith(_STANDS_FOR_A_FOLDER):
+                    continue
                 option = complaint.subject.removeprefix("--").replace("-", "_")
                 where = (name, option) if option in given else (option,) if option in _FIELDS else (name,)
                 self.wrong.append(self.document.complaint(where, complaint.problem, complaint.remedy))

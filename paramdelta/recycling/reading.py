@@ -52,9 +52,13 @@ def read(plan: str | Path | Mapping[str, Any]) -> Document:
     except UnicodeDecodeError as error:
         raise InputError(Complaint(str(path), f"is not UTF-8 (byte {error.start})")) from None
     except ValueError as error:
-        raise InputError(error.complaints if isinstance(error, InputError) else Complaint(str(path), str(error))) from None
+        raise InputError(
+            error.complaints if isinstance(error, InputError) else Complaint(str(path), str(error))
+        ) from None
     except OSError as error:
-        remedy = "paramdelta recycle --example > plan.yaml" if isinstance(error, FileNotFoundError) else remedy_of(error)
+        remedy = (
+            "paramdelta recycle --example > plan.yaml" if isinstance(error, FileNotFoundError) else remedy_of(error)
+        )
         raise InputError(Complaint(str(path), f"cannot be read: {error.strerror}", remedy)) from None
     value, lines = _json(path, text) if path.suffix.lower() == ".json" else _yaml(path, text)
     return Document(str(path), path.absolute().parent, value, lines)
