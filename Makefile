@@ -5,14 +5,14 @@ VENV := .venv
 FUZZ_SECONDS ?= 600
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.?pp' 2>/dev/null)
-CPP := $(shell find csrc benchmarks -name '*.?pp' 2>/dev/null)
+SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc -name '*.?pp' -o -name '*.cu' 2>/dev/null)
+CPP := $(shell find csrc benchmarks -name '*.?pp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench fuzz sanitize wheel sdist clean
+.PHONY: help demo test test-mergekit lint format bench experiments fuzz sanitize wheel sdist clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 $(VENV)/.package: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,16 @@ demo: $(VENV)/.package  ## Write three small checkpoints, merge them, verify the
 test: $(VENV)/.tools  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
+test-mergekit: $(VENV)/.tools build/mergekit/venv/.ready  ## Run the tests of the merge method in a real mergekit
+	PARAMDELTA_MERGEKIT=$(CURDIR)/build/mergekit/venv/bin/mergekit-yaml \
+		$(BIN)/python -m pytest tests/integrations/test_mergekit.py $(PYTEST_ARGS)
+
+# An environment of its own: mergekit pins much. Its torch comes first, from an index of CPU builds if there is one.
+build/mergekit/venv/.ready: $(SOURCES) benchmarks/peers/setup_mergekit.py constraints.txt
+	test -x build/mergekit/venv/bin/mergekit-yaml || $(PYTHON) -m benchmarks.peers.setup_mergekit build/mergekit/venv
+	build/mergekit/venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt --editable .
+	touch $@
+
 lint: $(VENV)/.tools  ## Check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,6 +52,9 @@ format: $(VENV)/.tools  ## Put every file into the project's format
 
 bench: $(VENV)/.tools  ## Measure kernels and whole merges (README of benchmarks/ for the options)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+experiments: $(VENV)/.tools  ## Reproduce the papers' findings on small models: 25 minutes, resumable
+	$(BIN)/python -m experiments.run $(EXPERIMENT_ARGS)
 
 fuzz: build/fuzz/venv/.ready  ## Fuzz header, folder, plan and engine for FUZZ_SECONDS=600; FUZZ_TARGETS picks some
 	build/fuzz/venv/bin/python tests/fuzzing/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)

@@ -96,6 +96,7 @@ def render(content: dict[str, Any]) -> str:
     titles = {
         "merges": "Whole merges",
         "storage": "Merges on a disk against loops without arithmetic",
+        "sweeps": "Sweeps over alpha against merges",
         "quantised": "Whole fp8 merges",
         "many": "Very many tensors",
         "start": "Start",

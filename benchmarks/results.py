@@ -16,7 +16,7 @@ from typing import Any
 
 SCHEMA = "paramdelta-benchmarks/2"
 READABLE = ("paramdelta-benchmarks/1", SCHEMA)  # 2 added counters and processor time, and took nothing away
-GROUPS = ("kernels", "merges", "storage", "quantised", "start", "many")
+GROUPS = ("kernels", "merges", "storage", "sweeps", "quantised", "start", "many")
 UNITS = ("B/s", "1/s", "s", "B", "1", "1/element")
 OURS = "paramdelta"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bound, machine, pooled, quantised, report, results, storage, whole
+from benchmarks import bound, machine, pooled, quantised, report, results, storage, sweeps, whole
 from benchmarks.results import Record
 from paramdelta.plan.request import parse_size
 
@@ -54,6 +54,9 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[Record]:
     if "storage" in groups and options.place != "tmpfs":
         size = parse_size(options.size, option="--size")
         yield from storage.merges(size, threads=options.threads, place=options.disk or whole.DISK, log=log)
+    if "sweeps" in groups:
+        for place in places:
+            yield from sweeps.sweeps(options.size, threads=options.threads, place=place, log=log)
     if "many" in groups:
         yield from whole.many(quick=options.quick, threads=options.threads, log=log)
     if "start" in groups:

@@ -2,8 +2,8 @@
 
 ``merge`` writes a checkpoint folder, ``extract`` and ``apply`` do so in two steps with the delta as a folder between
 them, ``recycle`` takes a delta from version to version of a base, ``stream`` yields merged tensors without writing,
-``ops`` merges arrays and tensors in memory, ``reference`` states the arithmetic in NumPy. Importing this package imports none of them, and nothing in it imports torch until a
-torch tensor is passed in.
+``ops`` merges arrays and tensors in memory, ``reference`` states the arithmetic in NumPy. Importing this package
+imports none of them, and nothing in it imports torch until a torch tensor is passed in.
 """
 
 from __future__ import annotations
@@ -26,31 +26,39 @@ from paramdelta.errors import (
 
 if TYPE_CHECKING:
     from paramdelta import ops, reference
+    from paramdelta.analysis import Analysis, analyze
     from paramdelta.deltas import apply, extract
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
     from paramdelta.recycling import recycle
-    from paramdelta.report import MergeReport
+    from paramdelta.report import MergeReport, SweepReport
     from paramdelta.streaming import stream
+    from paramdelta.sweeping import interpolate, sweep
     from paramdelta.verification import verify
 
 __version__ = "0.1.0"
 JSON_VERSION = 1  # of the documents that --json prints (docs/json.md)
 
 _LAZY = {
+    "analyze": "paramdelta.analysis",
+    "Analysis": "paramdelta.analysis",
     "merge": "paramdelta.merging",
     "stream": "paramdelta.streaming",
     "verify": "paramdelta.verification",
     "finalize": "paramdelta.gathering",
+    "sweep": "paramdelta.sweeping",
+    "interpolate": "paramdelta.sweeping",
     "extract": "paramdelta.deltas",
     "apply": "paramdelta.deltas",
     "recycle": "paramdelta.recycling",
     "MergeReport": "paramdelta.report",
+    "SweepReport": "paramdelta.report",
     "ops": "",
     "reference": "",
 }
 
 __all__ = [
+    "Analysis",
     "CheckpointError",
     "Complaint",
     "InputError",
@@ -62,15 +70,19 @@ __all__ = [
     "PlanError",
     "PrecisionError",
     "StorageError",
+    "SweepReport",
     "__version__",
+    "analyze",
     "apply",
     "extract",
     "finalize",
+    "interpolate",
     "merge",
     "ops",
     "recycle",
     "reference",
     "stream",
+    "sweep",
     "verify",
 ]
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paramdelta.errors import OperandError, ResourceError, StorageError, storage_errors
 from paramdelta.storage import (
@@ -39,7 +40,16 @@ LARGEST_SLOT = 1 << 23
 WAKE_SECONDS = 0.1
 COLUMNS = ("spans", "terms", "regions", "region_terms", "views", "recipes", "extents")
 
-Outputs = Sequence["Path | np.ndarray[Any, Any] | int"]  # files, memory, or only sizes: what is written is not kept
+
+class DeviceMemory(NamedTuple):
+    """Memory of the device that a run's stage computes on."""
+
+    address: int
+    nbytes: int
+
+
+# Files, memory, a device's memory, or only sizes: what is written is not kept.
+Outputs = Sequence["Path | np.ndarray[Any, Any] | DeviceMemory | int"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +59,24 @@ class EngineOptions:
     ``threads``: workers, None for as many as the process may use, or more where they wait for storage. ``memory``:
     bytes for all slots together, None for what the files ask for: 1 MiB a worker, 8 MiB where it waits for storage, and
     no more than an eighth of what is free. ``isa``: ``scalar``, ``avx2`` or ``avx512``; None for the best this machine
-    has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`.
+    has. ``io``: ``auto``, ``buffered`` or ``direct``, see :mod:`paramdelta.storage`. ``device``: ``cpu``, ``cuda``,
+    ``cuda:N``, or ``auto`` (:mod:`paramdelta.devices`), and ``device_why`` it is that. ``stage``: what computes, None
+    for that of ``device``: an object with ``merge(worker, jobs)`` (:mod:`paramdelta.stages`), or the capsule of an
+    extension.
     """
 
     threads: int | None = None
     memory: int | None = None
     isa: str | None = None
     io: str = "auto"
+    device: str = "cpu"
+    device_why: str = ""
+    stage: Any = None
 
     def __post_init__(self) -> None:
         check_mode(self.io)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise OperandError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.threads is not None and self.threads < 1:
             raise OperandError(f"threads: expected at least 1, got {self.threads}")
         if self.memory is not None and self.memory < SMALLEST_SLOT:
@@ -69,9 +87,10 @@ class EngineOptions:
         rows of a quantised matrix's units take more."""
         from paramdelta.backends.threads import default_threads
 
-        threads = self.threads or max(default_threads(), WAITING_THREADS if paths.wait else 1)
+        waits = paths.wait or (self.stage is not None and self.device != "cpu")  # for storage, or for a device
+        threads = self.threads or max(default_threads(), WAITING_THREADS if waits else 1)
         if self.memory is None:
-            slot = max(WAITING_SLOT if paths.wait else SLOT_BYTES, min(_unit_bytes(work), LARGEST_SLOT))
+            slot = max(WAITING_SLOT if waits else SLOT_BYTES, min(_unit_bytes(work), LARGEST_SLOT))
             slot = max(min(slot, memory_limit() // threads), SMALLEST_SLOT)
             return threads, slot // 4096 * 4096
         threads = max(1, min(threads, self.memory // SMALLEST_SLOT))
@@ -102,7 +121,7 @@ class RunResult:
     """What a run did: seconds of wall time, bytes moved, the tensors with non-finite or overflowed results, and what
     quantising lost. ``measured`` is (amax, touched) of each unit, in a pass that measures; ``paths`` how files were
     reached. ``checksums`` are contributions to the checksums of tensors (:mod:`paramdelta.checksums`), None where they
-    were not asked for."""
+    were not asked for. ``device`` computed, chosen by ``auto`` for the reason ``device_why``."""
 
     seconds: float
     bytes_read: int
@@ -115,6 +134,28 @@ class RunResult:
     measured: tuple[tuple[float, bool], ...] = ()
     paths: Paths | None = None
     checksums: Mapping[int, int] | None = None
+    device: str = "cpu"
+    device_why: str = ""
+
+    def of_variant(self, variant: int, variants: int, tensors: int) -> RunResult:
+        """Return what a run of ``variants``, of ``tensors`` each, did for one of them. Bytes read, and seconds, are
+        those of all."""
+        first = variant * tensors
+        mine = range(first, first + tensors)
+        paths = self.paths
+        if paths is not None:
+            files = len(paths.outputs) // variants
+            paths = replace(paths, outputs=paths.outputs[variant * files : (variant + 1) * files])
+        return replace(
+            self,
+            bytes_written=self.bytes_written // variants,
+            paths=paths,
+            counts=tuple(replace(c, tensor=c.tensor - first) for c in self.counts if c.tensor in mine),
+            losses=tuple(replace(x, tensor=x.tensor - first) for x in self.losses if x.tensor in mine),
+            checksums=None
+            if self.checksums is None
+            else {tensor - first: value for tensor, value in self.checksums.items() if tensor in mine},
+        )
 
 
 NOTHING = RunResult(seconds=0.0, bytes_read=0, bytes_written=0, threads=0, slot_bytes=0, isa="", counts=())
@@ -148,7 +189,8 @@ def run(
     """Carry out ``work`` into existing files, into writable byte arrays of the outputs' sizes, or, where an output is
     only its size, into nothing.
 
-    ``tensors`` is the number of output tensors the spans refer to. ``on_progress(bytes_read, bytes_written)`` is
+    ``tensors`` is the number of output tensors the spans refer to. Of several variants, ``outputs`` are those of the
+    first, then of the second, and so on. ``on_progress(bytes_read, bytes_written)`` is
     called about ten times a second. KeyboardInterrupt, and whatever ``on_progress`` raises, stops the workers after
     the load they carry and is raised again. Raises StorageError where a read or write fails.
     """
@@ -210,17 +252,15 @@ def carry_out(
 class RunningWork:
     """Work that is being carried out by the engine's threads."""
 
-    def __init__(
-        self, engine: Any, threads: int, slot_bytes: int, isa: str, paths: Paths, *, summing: bool = False
-    ) -> None:
-        self._engine, self._summing = engine, summing
-        self._threads, self._slot_bytes, self._isa, self._paths = threads, slot_bytes, isa, paths
+    def __init__(self, engine: Any, known: RunResult, *, summing: bool = False) -> None:
+        """``known``: what is known of the result before it starts."""
+        self._engine, self._known, self._summing = engine, known, summing
         self._started = time.perf_counter()
         try:
             engine.start()
         except RuntimeError as error:
             self.abandon()
-            raise ResourceError(f"{threads} threads could not be started: {error}") from error
+            raise ResourceError(f"{known.threads} threads could not be started: {error}") from error
 
     def wait_for(self, seconds: float) -> bool:
         """Wait at most ``seconds``; True when every worker is done."""
@@ -241,17 +281,14 @@ class RunningWork:
         """Wait for the workers and return what was done. Raises StorageError."""
         counts, losses, measured, checksums = self._engine.finish()
         read, written = self._engine.progress()
-        return RunResult(
+        return replace(
+            self._known,
             seconds=time.perf_counter() - self._started,
             bytes_read=read,
             bytes_written=written,
-            threads=self._threads,
-            slot_bytes=self._slot_bytes,
-            isa=self._isa,
             counts=tuple(TensorCounts(*row) for row in counts),
             losses=tuple(TensorLoss(*row) for row in losses),
             measured=tuple(measured),
-            paths=self._paths,
             checksums=dict(checksums) if self._summing else None,
         )
 
@@ -270,17 +307,20 @@ def start(
     options = options or EngineOptions()
     paths = paths or paths_for(work, outputs, options)
     threads, slot_bytes = options.resolve(work, paths)
-    _allow_open_files(2 * (len(work.inputs) + len(outputs)))  # direct files are open for the page cache, too
+    allow_open_files(2 * (len(work.inputs) + len(outputs)))  # direct files are open for the page cache, too
     try:
         engine = _cpu.Engine(
             columns={name: getattr(work, name) for name in COLUMNS},
             tensors=tensors,
             units=len(work.units),
+            variants=work.variants,
+            own_input=work.own_input,
             inputs=[_opened(file, access) for file, access in zip(work.inputs, paths.inputs, strict=True)],
             outputs=[_opened(file, access) for file, access in zip(outputs, paths.outputs, strict=True)],
             threads=threads,
             slot_bytes=slot_bytes,
             isa=options.isa,
+            stage=options.stage,
         )
     except MemoryError:
         slots = f"{threads} slots of {slot_bytes:,} bytes"
@@ -290,21 +330,32 @@ def start(
             raise
         raise OperandError(f"memory: {error}: give more memory, or fewer threads") from None
     isa = options.isa or _cpu.best_isa()
-    return RunningWork(engine, threads, slot_bytes, isa, paths, summing=len(work.extents) > 0)
+    known = replace(
+        NOTHING,
+        threads=threads,
+        slot_bytes=slot_bytes,
+        isa=isa,
+        paths=paths,
+        device=options.device,
+        device_why=options.device_why,
+    )
+    return RunningWork(engine, known, summing=len(work.extents) > 0)
 
 
 def paths_for(work: Work, outputs: Outputs, options: EngineOptions | None = None) -> Paths:
     """Return how the files of ``work`` and ``outputs`` are to be reached under ``options``."""
     mode = (options or EngineOptions()).io
-    return choose_paths(work.inputs, outputs, [size for _, size in work.outputs], mode)
+    return choose_paths(work.inputs, outputs, [size for _, size in work.outputs] * work.variants, mode)
 
 
 def _opened(file: Any, access: str | None) -> Any:
     """Return a file as the extension takes it: (path, access), or memory as it is."""
+    if isinstance(file, DeviceMemory):
+        return list(file)
     return (os.fsencode(file), access or CACHED) if isinstance(file, Path) else file
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """Raise this process's soft limit on open files to what the run needs, where the hard limit allows it."""
     needed = count + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

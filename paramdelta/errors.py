@@ -141,6 +141,12 @@ class ResourceError(ParamDeltaError, RuntimeError):
     remedy = "raise the limit (ulimit -v, ulimit -u, the container's), or ask for less: --memory, --threads"
 
 
+class DeviceError(ParamDeltaError, RuntimeError):
+    """The device that computed failed: out of memory, lost, refused. Nothing was published."""
+
+    remedy = "the same command continues where it stopped; --memory makes slots smaller, --device cpu needs no device"
+
+
 class NotPublishedError(ParamDeltaError, ArithmeticError):
     """The merge finished, but its result is not what was asked for; nothing was published. ``report`` is the
     MergeReport."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from paramdelta.errors import Complaint, InputError, shown, storage_errors
 
 if TYPE_CHECKING:
     from paramdelta.checkpoint import Checkpoint
-    from paramdelta.plan import Plan
+    from paramdelta.plan import Plan, Work
 
 VERSION = 2
 _MIB = 1 << 20
@@ -41,14 +42,16 @@ class Finished:
     checksums: dict[int, int] | None = field(default_factory=dict)  # None: a segment was written without
     sources: dict[str, Any] | None = None  # a rank's: where inputs lie, and what may be published
     totals: dict[str, Any] | None = None  # a rank's, once its part is done
+    publishing: dict[str, Any] | None = None  # a sweep's, once all is done: the marks of what is to be published
 
     def result(self) -> RunResult:
         """Return what the finished segments counted, lost and summed up."""
         return replace(NOTHING, counts=tuple(self.counts), losses=tuple(self.losses), checksums=self.checksums)
 
 
-def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
-    """Return what must be the same for a merge to be continued. Raises StorageError where an input cannot be read."""
+def identity(plan: Plan, *, ranks: int = 1, works: Sequence[Work] = ()) -> dict[str, Any]:
+    """Return what must be the same for a merge to be continued; ``works`` are carried out in place of the plan's own.
+    Raises StorageError where an input cannot be read."""
     return {
         "version": VERSION,
         "ranks": ranks,
@@ -59,7 +62,7 @@ def identity(plan: Plan, *, ranks: int = 1) -> dict[str, Any]:
             for role, checkpoint in plan.checkpoints.items()
             if not checkpoint.zeros
         },
-        "plan": _digest(plan),
+        "plan": [_digest(plan.names, work) for work in works] if works else _digest(plan.names, plan.work),
     }
 
 
@@ -80,10 +83,9 @@ def _fingerprint(checkpoint: Checkpoint, number: int) -> dict[str, Any]:
     }
 
 
-def _digest(plan: Plan) -> str:
+def _digest(names: Sequence[str], work: Work) -> str:
     """Digest of where every byte of the output comes from and goes to."""
-    work = plan.work
-    digest = hashlib.sha256(json.dumps([plan.names, work.outputs]).encode("utf-8", "surrogatepass"))
+    digest = hashlib.sha256(json.dumps([names, work.outputs]).encode("utf-8", "surrogatepass"))
     for column in (work.spans, work.terms, work.regions, work.region_terms, work.views, work.recipes):
         digest.update(column.tobytes())
     return digest.hexdigest()
@@ -129,6 +131,10 @@ class Journal:
         """Note that everything is done, and what it took."""
         self._append({"totals": totals})
 
+    def add_publishing(self, marks: dict[str, Any]) -> None:
+        """Note that everything is done and synced, and the folders that are about to be published, by name."""
+        self._append({"publishing": marks})
+
     def forget(self) -> None:
         """Begin anew: what the journal speaks of is gone."""
         self.finished = Finished()
@@ -158,6 +164,8 @@ def replay(lines: list[dict[str, Any]]) -> Finished:
             finished.sources = line["sources"]
         elif "totals" in line:
             finished.totals = line["totals"]
+        elif "publishing" in line:
+            finished.publishing = line["publishing"]
         else:
             finished.segments.add(line["segment"])
             finished.counts += [TensorCounts(**c) for c in line["counts"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import errno
 import gc
 import math
@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramdelta import checksums as sums
-from paramdelta import engine, resuming
-from paramdelta.errors import Complaint, InputError, NonFiniteError, PrecisionError, StorageError, shown
+from paramdelta import devices, engine, resuming
+from paramdelta.errors import (
+    Complaint,
+    InputError,
+    NonFiniteError,
+    NotPublishedError,
+    PrecisionError,
+    StorageError,
+    shown,
+)
 from paramdelta.publish import Staging, write_files
 from paramdelta.report import MergeReport, NonFinite, Quantised
 
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
 # A merge that fills the last byte of a file system leaves no room for its own metadata.
 _SPARE_BYTES = 16 << 20
 _MOST_LISTED = 20
-_PUT_BACK = "{}: a merge was cut short while it replaced this folder, which is there again as it was"
+PUT_BACK = "{}: a merge was cut short while it replaced this folder, which is there again as it was"
 
 
 def merge(
@@ -39,6 +47,7 @@ def merge(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     restart: bool = False,
     checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -55,16 +64,16 @@ def merge(
         ``post`` and ``base`` are lists of the same length; they are added in this order, and all but the weights
         (tokenizer, config, chat template) is as with the first alone
     out : the folder to write; must not exist unless ``overwrite``
-    threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
+    threads, memory, isa, io, device : see :class:`paramdelta.engine.EngineOptions`; no effect on the result
     restart : discard what an earlier run, cut short, has left of a merge to ``out``; by default the same merge is
         continued, and another refused
     checksums : record the CRC-32 of every tensor in ``paramdelta.json``, by which :func:`paramdelta.verify` checks the
         folder without its sources
     on_progress : called with (bytes read, bytes written) about ten times a second
     **policies : the fields of :class:`paramdelta.plan.MergeRequest`: ``alpha``, ``include``, ``exclude``,
-        ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``dtype``, ``format``,
-        ``block_size``, ``scale_type``, ``no_quantise``, ``scale_policy``, ``activation_scales``, ``max_shard_size``,
-        ``allow_unscaled``, ``allow_nonfinite``, ``max_quant_error``, ``overwrite``
+        ``copy_from``, ``rename_post``, ``rename_base``, ``rename_new_base``, ``vocab``, ``tokenizer``, ``dtype``,
+        ``format``, ``block_size``, ``scale_type``, ``no_quantise``, ``scale_policy``, ``activation_scales``,
+        ``max_shard_size``, ``allow_unscaled``, ``allow_nonfinite``, ``max_quant_error``, ``overwrite``
 
     Returns
     -------
@@ -89,7 +98,7 @@ def merge(
     from paramdelta.plan import make_request
 
     request = make_request(post=post, base=base, new_base=new_base, out=out, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     return run_merge(prepare(request), options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
 
@@ -100,16 +109,29 @@ def prepare(request: MergeRequest) -> Plan:
     them again and again took a quarter of the time for 100,000 tensors.
     """
     from paramdelta.plan import make_plan, open_all
-    from paramdelta.plan.order import data_warnings
 
+    with without_collector():
+        plan = make_plan(request, *open_all(request))
+    return with_data_warnings(plan)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Let the garbage collector rest, where it worked."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        plan = make_plan(request, *open_all(request))
+        yield
     finally:
         if collecting:
             gc.enable()
-    return dataclasses.replace(plan, warnings=(*plan.warnings, *data_warnings(plan)))
+
+
+def with_data_warnings(plan: Plan) -> Plan:
+    """Return a plan with the warnings that a look at a sample of the data gives rise to."""
+    from paramdelta.plan.order import data_warnings
+
+    return replace(plan, warnings=(*plan.warnings, *data_warnings(plan)))
 
 
 def run_merge(
@@ -128,9 +150,10 @@ def run_merge(
         raise InputError(Complaint("out", "a merge needs a folder to write to", "--out DIR"))
     if not checksums:
         plan = plan.without_checksums()
+    options = devices.resolved(options, plan.work)
     with Staging(request.out) as staging:
         if staging.put_back and not request.overwrite:
-            raise StorageError(_PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
+            raise StorageError(PUT_BACK.format(request.out), remedy="--overwrite replaces it, or name another --out")
         check_space(plan, staging.folder)
         with plan.watched_inputs():
             result, resumed = resuming.carry_out(
@@ -141,24 +164,40 @@ def run_merge(
 
 def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed: int, started: float) -> MergeReport:
     """Write the small files of a folder whose weights are done, and publish it where the result allows it."""
-    request = plan.request
-    assert request.out is not None
     with plan.watched_inputs():
-        _check_sums(plan, staging.folder, result)
-        _write_side_files(plan, staging.folder, result)
+        check_sums(plan, staging.folder, result)
+        write_side_files(plan, staging.folder, result)
+    report, error = judged(plan, result, resumed=resumed)
+    if error is None:
+        staging.publish(overwrite=plan.request.overwrite)
+    report = replace(report, seconds=time.perf_counter() - started)
+    if error is not None:
+        error.report = report
+        raise error
+    return report
+
+
+def judged(
+    plan: Plan, result: engine.RunResult, *, resumed: int, outcome: str = "nothing was published"
+) -> tuple[MergeReport, NotPublishedError | None]:
+    """Return the report of a merge whose weights are done, and the error that keeps it from being published, if any;
+    ``outcome`` says so in words."""
+    request = plan.request
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
-    lossy = _too_lossy(quantised, request.max_quant_error)
-    publishable = (not nonfinite or request.allow_nonfinite) and not lossy
-    if publishable:
-        staging.publish(overwrite=request.overwrite)
+    lossy = _too_lossy(quantised, request.max_quant_error, outcome)
+    error: NotPublishedError | None = None
+    if nonfinite and not request.allow_nonfinite:
+        error = NonFiniteError(_nonfinite_text(nonfinite, outcome))
+    elif lossy:
+        error = PrecisionError(lossy)
     report = MergeReport(
-        out=request.out if publishable else None,
+        out=request.out if error is None else None,
         parameters=plan.parameters,
         tensors=len(plan.names),
         files=len(plan.work.outputs),
         bytes_read=result.bytes_read,
         bytes_written=result.bytes_written,
-        seconds=time.perf_counter() - started,
+        seconds=result.seconds,
         engine_seconds=result.seconds,
         threads=result.threads,
         slot_bytes=result.slot_bytes,
@@ -169,15 +208,13 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
         quantised=quantised,
         resumed_bytes=resumed,
         io=result.paths.summary() if result.paths is not None else {},
+        device=result.device,
+        device_why=result.device_why,
     )
-    if nonfinite and not request.allow_nonfinite:
-        raise NonFiniteError(_nonfinite_text(nonfinite), report)
-    if lossy:
-        raise PrecisionError(lossy, report)
-    return report
+    return report, error
 
 
-def _check_sums(plan: Plan, folder: Path, result: engine.RunResult) -> None:
+def check_sums(plan: Plan, folder: Path, result: engine.RunResult) -> None:
     """Raise StorageError where a tensor has not come out as it is known to be."""
     if not plan.sums:
         return
@@ -194,7 +231,7 @@ def _check_sums(plan: Plan, folder: Path, result: engine.RunResult) -> None:
         )
 
 
-def _write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:
+def write_side_files(plan: Plan, folder: Path, result: engine.RunResult) -> None:
     """Write what the folder holds besides weights, the record last: it has the checksums of all else."""
     from paramdelta.plan.sidefiles import RECORD, with_checksums, with_losses
 
@@ -221,8 +258,13 @@ def _rounded(lost: tuple[Quantised, ...]) -> Iterator[Quantised]:
 
 def check_space(plan: Plan, folder: Path) -> None:
     """Raise StorageError where the output does not fit, counting what an earlier run has written to ``folder``."""
-    there = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-    needed = sum(size for _, size in plan.work.outputs) + _SPARE_BYTES - there
+    check_room(sum(size for _, size in plan.work.outputs), folder)
+
+
+def check_room(needed: int, folder: Path) -> None:
+    """Raise StorageError where as many bytes do not fit, counting what is in ``folder``, or in folders in it."""
+    there = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    needed += _SPARE_BYTES - there
     free = shutil.disk_usage(folder).free
     if free < needed:
         text = f"{folder.absolute().parent.parent}: the output needs {needed:,} bytes, but only {free:,} are free"
@@ -251,7 +293,7 @@ def _relative(error_squared: float, value_squared: float) -> float:
     return math.sqrt(error_squared / value_squared) if value_squared > 0.0 else math.inf
 
 
-def _too_lossy(quantised: tuple[Quantised, ...], limit: float | None) -> str:
+def _too_lossy(quantised: tuple[Quantised, ...], limit: float | None, outcome: str) -> str:
     """Return what is wrong where a tensor lost more than ``limit``, an empty string where none did."""
     rows = [(name, error) for q in quantised for name, error in q.worst if limit is not None and error > limit]
     if not rows:
@@ -259,7 +301,7 @@ def _too_lossy(quantised: tuple[Quantised, ...], limit: float | None) -> str:
     lines = [f"  {shown(name)}: {error:.3%}" for name, error in rows]
     return "\n".join(
         [
-            f"requantising lost more than {limit:.3%} of a tensor's norm; nothing was published. The worst:",
+            f"requantising lost more than {limit:.3%} of a tensor's norm; {outcome}. The worst:",
             *lines,
             "    → --format bf16 loses less; a larger --max-quant-error publishes the folder as it is",
         ]
@@ -280,7 +322,7 @@ def _nonfinite(plan: Plan, result: engine.RunResult) -> tuple[NonFinite, ...]:
     )
 
 
-def _nonfinite_text(rows: tuple[NonFinite, ...]) -> str:
+def _nonfinite_text(rows: tuple[NonFinite, ...], outcome: str) -> str:
     lines = [
         f"  {shown(r.tensor)} ({r.dtype}, {r.elements:,} elements): "
         + ", ".join(f"{n:,} {what}" for n, what in ((r.nan, "NaN"), (r.inf, "Inf"), (r.overflow, "overflow")) if n)
@@ -288,8 +330,7 @@ def _nonfinite_text(rows: tuple[NonFinite, ...]) -> str:
     ]
     return "\n".join(
         [
-            f"{len(rows)} tensor{'s have' if len(rows) != 1 else ' has'} results that are not finite; "
-            "nothing was published:",
+            f"{len(rows)} tensor{'s have' if len(rows) != 1 else ' has'} results that are not finite; {outcome}:",
             *lines,
             "    → look at these tensors in the inputs; --allow-nonfinite publishes the folder as it is",
         ]

@@ -11,21 +11,34 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from paramdelta import backends
-from paramdelta.backends import Counts, Norms
+from paramdelta import backends, device_tensors
+from paramdelta.backends import Counts, Norms, cpu
 from paramdelta.backends.threads import default_threads
+from paramdelta.device_tensors import PendingCounts
 from paramdelta.dtypes import F32, F64
 from paramdelta.errors import OperandError
 from paramdelta.tensors import Tensor, allocate, parse_dtype, read_operand, read_out, same_shape
 
-__all__ = ["Counts", "Encoded", "Merged", "Norms", "decode", "encode", "merge", "merge_deltas", "norms"]
+__all__ = [
+    "Counts",
+    "Encoded",
+    "Merged",
+    "Norms",
+    "PendingCounts",
+    "decode",
+    "encode",
+    "merge",
+    "merge_deltas",
+    "merge_many",
+    "norms",
+]
 
 
 class Merged(NamedTuple):
     """A merge's output, what to know of it, and the norms of each delta in order (empty where not asked for)."""
 
     out: Any
-    counts: Counts
+    counts: Counts | PendingCounts
     norms: tuple[Norms, ...]
 
 
@@ -33,7 +46,7 @@ class Encoded(NamedTuple):
     """Encoded elements, and how many are NaN, infinite, or overflowed."""
 
     out: Any
-    counts: Counts
+    counts: Counts | PendingCounts
 
 
 def merge(
@@ -57,7 +70,8 @@ def merge(
     ----------
     post, base, new_base : numpy.ndarray or torch.Tensor
         Equal shapes; any strides. Dtypes bf16, f16, f32, f64, f8_e4m3 (``float8_e4m3fn``) and f8_e5m2, in any
-        mix. Tensors must be on the CPU and need no gradient.
+        mix. Tensors must need no gradient, and be all on the CPU or all on one CUDA device: there the merge is enqueued
+        on PyTorch's current stream, nothing waits for it, and ``counts`` are pending (``PendingCounts``).
     alpha : float
         A finite factor. 0 means that there is no delta at all.
     out : numpy.ndarray or torch.Tensor, optional
@@ -66,9 +80,9 @@ def merge(
     dtype : DType, str, numpy.dtype or torch.dtype, optional
         The output's type; ``out``'s, or else new_base's, by default.
     threads : int, optional
-        By default as many as affinity, cgroup quota and ``LOCAL_WORLD_SIZE`` allow.
+        By default as many as affinity, cgroup quota and ``LOCAL_WORLD_SIZE`` allow. Of no account on a CUDA device.
     norms : bool
-        Whether to compute ``norms(post, base, new_base)`` too.
+        Whether to compute ``norms(post, base, new_base)`` too; on the CPU only.
 
     Returns
     -------
@@ -115,6 +129,41 @@ def merge_deltas(
         alpha = delta[2] if len(delta) == 3 else 1.0
         named.append((f"deltas[{k}].post", delta[0], f"deltas[{k}].base", delta[1], alpha))
     return _merge(new_base, named, out, dtype, threads, norms)
+
+
+def merge_many(
+    merges: Sequence[tuple[Any, ...]],
+    *,
+    outs: Sequence[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> list[Merged]:
+    """Compute ``out = new_base + alpha · (post − base)`` for many tensors: on a CUDA device, in a launch for hundreds.
+
+    ``merges`` is a sequence of ``(post, base, new_base)`` or ``(post, base, new_base, alpha)``; ``outs`` has an entry
+    for each, apart from all other tensors. All must be on one device. All else is as for :func:`merge`.
+    """
+    if outs is not None and len(outs) != len(merges):
+        raise OperandError(f"outs: expected one for each of {len(merges)} merges, got {len(outs)}")
+    for k, each in enumerate(merges):
+        if not isinstance(each, (tuple, list)) or len(each) not in (3, 4):
+            raise OperandError(f"merges[{k}]: expected (post, base, new_base) or (post, base, new_base, alpha)")
+    wanted = None if dtype is None else parse_dtype("dtype", dtype)
+    if not any(device_tensors.is_on_device(x) for each in merges for x in each[:3]):
+        return [
+            merge(
+                *each[:3], alpha=each[3] if len(each) == 4 else 1.0, out=outs and outs[k], dtype=dtype, threads=threads
+            )
+            for k, each in enumerate(merges)
+        ]
+    read = []
+    for k, each in enumerate(merges):
+        post, base, new = (
+            read_operand(f"merges[{k}].{name}", x) for name, x in zip(("post", "base", "new_base"), each, strict=False)
+        )
+        read.append((new, [(post, base, _finite(each[3]) if len(each) == 4 else 1.0)]))
+    results, counts = device_tensors.merge_many(read, outs, wanted)
+    return [Merged(result, PendingCounts(counts[k]), ()) for k, result in enumerate(results)]
 
 
 def decode(x: Any, *, out: Any = None, dtype: Any = F64, threads: int | None = None) -> Any:
@@ -175,6 +224,12 @@ def _merge(
     same_shape(operands)
     wanted = None if dtype is None else parse_dtype("dtype", dtype)
     count = _threads(threads)
+    if any(t.kind == "cuda" for t in operands):
+        if norms:
+            raise OperandError("norms: are computed on the CPU only; pass CPU tensors to ops.norms")
+        terms = [(post, base, alpha) for post, base, alpha in pairs]
+        return Merged(*device_tensors.merge(new, terms, out, wanted), ())
+    backends.choose("merge", device="cpu")
     if out is None:
         target, result = allocate(new, wanted or new.dtype)
     else:
@@ -187,7 +242,7 @@ def _merge(
     if norms:  # before the merge, whose output may take the place of an operand
         found = [_norms([sources[id(t)] for t in (post, base, new)], count) for post, base, _ in pairs]
     dense = target.contiguous_target()
-    counts = backends.get("cpu").merge(
+    counts = cpu.merge(
         sources[id(new)].operand(),
         [backends.Term(sources[id(p)].operand(), sources[id(b)].operand(), alpha) for p, b, alpha in pairs],
         dense.operand(),
@@ -200,8 +255,12 @@ def _merge(
 
 
 def _norms(operands: Sequence[Tensor], threads: int) -> Norms:
+    for operand in operands:
+        if operand.kind == "cuda":
+            raise OperandError(f"{operand.name}: is on {operand.source.device}; norms are computed on the CPU only")
+    backends.choose("norms", device="cpu")
     post, base, new = (t.contiguous() for t in operands)
-    return backends.get("cpu").norms(post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads)
+    return cpu.norms(post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads)
 
 
 def _finite(alpha: Any) -> float:

@@ -6,11 +6,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ class Staging:
     that it was about to replace, that folder is put back, and ``put_back`` is true.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, control: Path | None = None) -> None:
         self.target = target
-        self.control = target.parent / f".{target.name}.partial"
+        self.control = control or target.parent / f".{target.name}.partial"
         self.folder = self.control / "output"
         self._lock: int | None = None
         self._stays = False
@@ -49,7 +50,7 @@ class Staging:
     def __enter__(self) -> Staging:
         try:
             self._lock = locked(self.control)
-            self._put_back()
+            self._put_all_back()
             if not self.folder.is_dir():  # then what else is there speaks of another one
                 self.folder.mkdir()
                 self._clear_notes()
@@ -65,16 +66,22 @@ class Staging:
             raise StorageError(error.errno, text + _owner(self.control)) from error
         return self
 
-    def _put_back(self) -> None:
+    def _put_all_back(self) -> None:
+        self._put_back(self.target, self._old(self.target))
+
+    def _old(self, target: Path) -> Path:
+        """Where a folder lies while another takes its place."""
+        return self.control / _OLD
+
+    def _put_back(self, target: Path, old: Path) -> None:
         """Undo a replacement that was cut short between its two renames."""
-        old = self.control / _OLD
         if not old.is_dir():
             return
-        if os.path.lexists(self.target):  # the new folder was already there
+        if os.path.lexists(target):  # the new folder was already there
             shutil.rmtree(old)
         else:
-            os.rename(old, self.target)
-            _sync(self.target.parent)
+            os.rename(old, target)
+            _sync(target.parent)
             self.put_back = True
 
     def _remove_bare(self) -> None:
@@ -110,67 +117,153 @@ class Staging:
             self._clear_notes()
 
     def _notes(self) -> Iterator[Path]:
-        return (entry for entry in self.control.iterdir() if entry.name not in (self.folder.name, _LOCK, DOOR, _OLD))
+        others = (self.folder.name, _LOCK, DOOR)
+        return (e for e in self.control.iterdir() if e.name not in others and not e.name.startswith(_OLD))
 
     def _clear_notes(self) -> None:
         for entry in list(self._notes()):
             entry.unlink()
 
-    def forget_output(self) -> None:
-        """Remove the output of an earlier run, and nothing else."""
+    def forget_output(self, folders: Sequence[Path] = ()) -> None:
+        """Remove the output of an earlier run, in ``folders`` or all, and nothing else."""
         self._stays = False
-        with storage_errors(self.folder, "cannot be cleared"):
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
+        for folder in folders or [self.folder]:
+            with storage_errors(folder, "cannot be cleared"):
+                shutil.rmtree(folder)
+                folder.mkdir()
 
     def publish(self, *, overwrite: bool) -> None:
         """Sync every file and the folder, then rename it to the target. With ``overwrite`` an existing target is
         exchanged in one step and removed afterwards; without, an existing target is an error."""
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file():
-                with storage_errors(path, "cannot be synced"):
-                    _sync(path)
-        with storage_errors(self.folder, "cannot be synced"):
-            _sync(self.folder)
+        sync_files(self.folder)
+        self._publish(self.folder, self.target, overwrite=overwrite)
+
+    def _publish(self, folder: Path, target: Path, *, overwrite: bool, stays: bool = False) -> None:
         with _undisturbed():
-            with storage_errors(self.target, "cannot be published"):
-                if overwrite and self.target.is_dir():
-                    self._replace()
+            with storage_errors(target, "cannot be published"):
+                if overwrite and target.is_dir():
+                    self._replace(folder, target)
                 else:
-                    _rename_new(self.folder, self.target)
-            self._stays = False
-            published.append(self.target)
-            parent = self.target.parent
+                    _rename_new(folder, target)
+            self._stays = stays
+            published.append(target)
+            parent = target.parent
             unsure = f"is complete, but may be gone after a power cut: syncing {parent} failed"
-            with storage_errors(
-                self.target, unsure, remedy=f"look at the system's log (dmesg), then: sync -f {parent}"
-            ):
+            with storage_errors(target, unsure, remedy=f"look at the system's log (dmesg), then: sync -f {parent}"):
                 _sync(parent)
 
-    def _replace(self) -> None:
+    def _replace(self, folder: Path, target: Path) -> None:
         """Exchange the folder with the target. An exchange leaves the old folder where the new one was, so no journal
         may speak of it then; if it fails, the journal is worth keeping."""
         notes = [(path, path.read_bytes()) for path in self._notes()]
         self._clear_notes()
         _sync(self.control)
         try:
-            if not _exchange(self.folder, self.target):
-                self._rename_twice()
+            self._swap(folder, target)
         except OSError:
             for path, data in notes:
                 path.write_bytes(data)
             raise
 
-    def _rename_twice(self) -> None:
-        """Replace the target where the file system cannot exchange. Killed between the renames, the old folder lies in
-        the temporary one, from where the next run takes it back."""
-        old = self.control / _OLD
-        os.rename(self.target, old)
+    def _swap(self, folder: Path, target: Path) -> None:
+        """Put the folder in the target's place, in two renames where the file system cannot exchange. Killed between
+        them, the old folder lies in the temporary one, from where the next run takes it back."""
+        if _exchange(folder, target):
+            return
+        old = self._old(target)
+        os.rename(target, old)
         try:
-            os.rename(self.folder, self.target)
+            os.rename(folder, target)
         except OSError:
-            os.rename(old, self.target)
+            os.rename(old, target)
             raise
+
+
+class SweepStaging(Staging):
+    """A folder in ``parent`` in which several outputs are built, under one lock, to be renamed into ``parent`` one by
+    one. ``parent`` is made where it is not there, and goes away again where nothing was published.
+
+    What is published is known by its inode and its record (:func:`mark_of`): the journal, which says so beforehand,
+    need not go away before an exchange, and a run that was cut short between two of them continues with the rest.
+    """
+
+    NAME = ".sweep.partial"
+
+    def __init__(self, parent: Path, names: Sequence[str]) -> None:
+        super().__init__(parent, control=parent / self.NAME)
+        self.names = names
+        self._made = False
+
+    def __enter__(self) -> SweepStaging:
+        self._made = not self.target.exists()
+        with storage_errors(self.target, "cannot be created"):
+            self.target.mkdir(exist_ok=True)
+        try:
+            super().__enter__()
+        except BaseException:
+            self._remove_parent()
+            raise
+        self._make_folders()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._remove_parent()
+
+    def _remove_parent(self) -> None:
+        if self._made:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.target.rmdir()
+
+    def _put_all_back(self) -> None:
+        for name in self.names:
+            self._put_back(self.target / name, self._old(self.target / name))
+
+    def _old(self, target: Path) -> Path:
+        return self.control / f"{_OLD}-{target.name}"
+
+    def forget_output(self, folders: Sequence[Path] = ()) -> None:
+        """As that of a single output; what else is there stays worth keeping."""
+        stays = self._stays
+        super().forget_output(folders)
+        self._stays = stays
+        if not folders:
+            self._make_folders()
+
+    def _make_folders(self) -> None:
+        for name in self.names:
+            with storage_errors(self.folder / name, "cannot be created"):
+                (self.folder / name).mkdir(exist_ok=True)
+
+    def publish_one(self, name: str, *, overwrite: bool) -> None:
+        """Rename one output, whose files are synced, to its place."""
+        self._publish(self.folder / name, self.target / name, overwrite=overwrite, stays=True)
+
+    def finished(self) -> None:
+        """Everything is published: nothing is left to continue."""
+        self._stays = False
+
+    def _replace(self, folder: Path, target: Path) -> None:
+        self._swap(folder, target)
+
+
+def mark_of(folder: Path, record: str) -> list[Any] | None:
+    """Return what a folder is known by wherever it is renamed to: its inode, and the digest of a file in it; None where
+    there is none."""
+    try:
+        return [folder.stat().st_ino, hashlib.sha256((folder / record).read_bytes()).hexdigest()]
+    except OSError:
+        return None
+
+
+def sync_files(folder: Path) -> None:
+    """Sync every file in a folder, and the folder. Raises StorageError."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with storage_errors(path, "cannot be synced"):
+                _sync(path)
+    with storage_errors(folder, "cannot be synced"):
+        _sync(folder)
 
 
 @contextlib.contextmanager

@@ -82,6 +82,23 @@ class Norms(NamedTuple):
     largest_delta: float
 
 
+class Facts(NamedTuple):
+    """Of a difference: its largest finite |element| and the first place of it (None where all are 0), how many elements
+    are not finite, and how many are unchanged: bit-equal, or of equal value where the types differ."""
+
+    largest: float
+    at: int | None
+    nonfinite: int
+    unchanged: int
+
+
+class Gram(NamedTuple):
+    """Inner products of differences, and facts about each difference."""
+
+    products: tuple[float, ...]
+    facts: tuple[Facts, ...]
+
+
 def code_type(dtype: DType) -> np.dtype[Any]:
     """Return the unsigned integer type that holds one stored element."""
     return np.dtype(f"u{dtype.itemsize}")
@@ -176,6 +193,33 @@ def norms(post: Array, base: Array, new_base: Array) -> Norms:
         sums = [_leaf_sums(x, y) for x, y in ((delta, delta), (drift, drift), (delta, drift))]
         largest = float(np.max(np.abs(delta), initial=0.0))
     return Norms(exact_sum(sums[0]), exact_sum(sums[1]), exact_sum(sums[2]), largest)
+
+
+def gram(
+    operands: Sequence[Array], differences: Sequence[tuple[int, int]], products: Sequence[tuple[int, int]]
+) -> Gram:
+    """Return inner products of differences of operands, and facts about each difference.
+
+    A difference (i, j) is operand i minus operand j, and with j = −1 operand i itself; a product (k, l) is that of
+    differences k and l. Operands are rounded to binary32 and subtracted in binary32; what is not finite is counted
+    and enters the sums as 0. Sums are those of :func:`norms`.
+    """
+    with np.errstate(all="ignore"):
+        values = [_values(a, 0).astype(np.float32) for a in operands]
+        raw = [values[i] - values[j] if j >= 0 else values[i] for i, j in differences]
+        finite = [np.where(np.isfinite(x), x, np.float32(0.0)) for x in raw]
+        sums = tuple(exact_sum(_leaf_sums(finite[k], finite[n])) for k, n in products)
+    facts = []
+    for (i, j), x, own in zip(differences, raw, finite, strict=True):
+        largest = float(np.max(np.abs(own), initial=0.0))
+        at = int(np.argmax(np.abs(own))) if largest > 0.0 else None
+        unchanged = 0
+        if j >= 0 and operands[i].dtype == operands[j].dtype:
+            unchanged = int(_bit_equal(operands[i], operands[j], own.size).sum())
+        elif j >= 0:
+            unchanged = int((values[i] == values[j]).sum())
+        facts.append(Facts(largest, at, int((~np.isfinite(x)).sum()), unchanged))
+    return Gram(sums, tuple(facts))
 
 
 def exact_sum(values: Values) -> float:

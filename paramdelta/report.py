@@ -3,7 +3,7 @@ docs/json.md and its ``version`` rises when a field changes its meaning or goes 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class MergeReport:
     the engine. ``seconds`` is the whole call, ``engine_seconds`` the part that moved data. ``policies`` is the plan's
     summary of what happened to which tensors; ``warnings`` are lines a person should read. ``resumed_bytes`` of the
     output were there already, from a run that was cut short. ``io`` counts the files that were read and written by each
-    way of :mod:`paramdelta.storage`.
+    way of :mod:`paramdelta.storage`. ``device`` is what computed, ``device_why`` why it was chosen.
     """
 
     out: Path | None
@@ -61,6 +61,8 @@ class MergeReport:
     quantised: tuple[Quantised, ...] = ()
     resumed_bytes: int = 0
     io: dict[str, dict[str, int]] = field(default_factory=dict)
+    device: str = "cpu"
+    device_why: str = ""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -69,13 +71,42 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
-        fields = asdict(self)
-        fields["out"] = None if self.out is None else str(self.out)
+        values = asdict(self)
+        values["out"] = None if self.out is None else str(self.out)
         return {
             "version": JSON_VERSION,
             "kind": "merge",
-            **fields,
+            **values,
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport:
+    """The outcome of one sweep.
+
+    ``folders`` are the reports of its merges, in the order of the alphas; in each, bytes read and seconds are those of
+    the pass that made it together with others. ``passes`` over the inputs were needed. Bytes and seconds are those of
+    the sweep; ``out`` is the folder that the folders are in.
+    """
+
+    out: Path
+    folders: tuple[MergeReport, ...]
+    passes: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    engine_seconds: float
+    resumed_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {
+            "version": JSON_VERSION,
+            "kind": "sweep",
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "out": str(self.out),
+            "folders": [report.to_dict() for report in self.folders],
         }
 
 

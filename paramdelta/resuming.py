@@ -57,24 +57,38 @@ def carry_out(
         outputs = engine.create_outputs(plan.work, staging.folder)
         return engine.run(plan.work, outputs, tensors=len(plan.names), options=options, on_progress=on_progress), 0
     with closing(Journal(staging.control, identity(plan), restart=restart)) as journal:
-        if journal.finished.segments and not all_there(plan.work, staging.folder):
-            journal.forget()
-        done = journal.finished
-        if not done.segments:
-            staging.forget_output()
-        outputs = engine.create_outputs(plan.work, staging.folder)
-        before = NOTHING
-        work = plan.work
-        if work.unsettled and done.measured is not None:
-            work = work.settled(done.measured)
-        elif work.unsettled:
-            work, before = engine.settle(work, tensors=len(plan.names), options=options, on_progress=on_progress)
-            plan.check_inputs()
-            journal.add_measured(before.measured)
-        if plan.work.unsettled:  # a pass over all inputs is worth keeping
-            staging.keep()
-        noting = Noting(plan.check_inputs, journal, outputs, staging.keep)
-        return in_segments(work, noting, before, len(plan.names), options, on_progress)
+        return carry_on(plan, plan.work, journal, staging, [staging.folder], options=options, on_progress=on_progress)
+
+
+def carry_on(
+    plan: Plan,
+    work: Work,
+    journal: Journal,
+    staging: Staging,
+    folders: Sequence[Path],
+    *,
+    options: EngineOptions | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[RunResult, int]:
+    """Carry out what a journal does not call finished, into one folder for each variant of the work: that of ``plan``,
+    or of several that share its tensors. Return what was done, and how many bytes of output were there already."""
+    if journal.finished.segments and not all(all_there(work, folder) for folder in folders):
+        journal.forget()
+    done = journal.finished
+    if not done.segments:
+        staging.forget_output(folders)
+    outputs = [path for folder in folders for path in engine.create_outputs(work, folder)]
+    before, measuring = NOTHING, work.unsettled
+    if measuring and done.measured is not None:
+        work = work.settled(done.measured)
+    elif measuring:
+        work, before = engine.settle(work, tensors=len(plan.names), options=options, on_progress=on_progress)
+        plan.check_inputs()
+        journal.add_measured(before.measured)
+    if measuring:  # a pass over all inputs is worth keeping
+        staging.keep()
+    noting = Noting(plan.check_inputs, journal, outputs, staging.keep)
+    return in_segments(work, noting, before, len(plan.names), options, on_progress)
 
 
 def in_segments(

@@ -22,7 +22,8 @@ ITEMS = np.array([max(d.bits // 8, 1) for d in DTYPES], np.int64)  # bytes of an
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Part of the work, the bytes of codes and plain elements it writes, and the output files it writes to."""
+    """Part of the work, the bytes of codes and plain elements it writes, and the output files it writes to: those of
+    all variants."""
 
     work: Work
     nbytes: int
@@ -31,6 +32,7 @@ class Segment:
 
 def cut(work: Work, limit: int = SEGMENT_BYTES) -> list[Segment]:
     """Cut settled work into segments of about ``limit`` bytes of output; everything is in exactly one."""
+    limit = max(limit // work.variants, 1)
     piece = max(limit // _PIECES, 1)
     spans, terms = _cut_spans(work.spans, work.terms, piece)
     regions, scale_tensors = _cut_regions(work, piece)
@@ -52,9 +54,9 @@ def cut(work: Work, limit: int = SEGMENT_BYTES) -> list[Segment]:
             scale_tensors=scale_tensors[of_regions],
         )
         touched = np.concatenate([part.spans["out_file"], part.regions["out_file"], part.regions["scale_out_file"]])
-        segments.append(
-            Segment(work=part, nbytes=int(sizes[mine].sum()), files=tuple(np.unique(touched[touched >= 0]).tolist()))
-        )
+        of_one = np.unique(touched[touched >= 0]).tolist()
+        numbers_of_all = (v * len(work.outputs) + file for v in range(work.variants) for file in of_one)
+        segments.append(Segment(work=part, nbytes=int(sizes[mine].sum()) * work.variants, files=tuple(numbers_of_all)))
     return segments
 
 

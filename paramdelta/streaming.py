@@ -3,17 +3,18 @@ While the caller uses one batch of tensors, the engine fills the next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from paramdelta import engine
+from paramdelta import devices, engine
 from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
+from paramdelta.stages import Kernel, KernelStage
 
 if TYPE_CHECKING:
     from paramdelta.plan import Plan
@@ -33,7 +34,9 @@ def stream(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "cpu",
     batch_bytes: int = BATCH_BYTES,
+    kernel: Kernel | None = None,
     **policies: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Yield ``(name, new_base + alpha · (post − base))`` for every tensor, in the order of the output's files.
@@ -44,8 +47,11 @@ def stream(
     Parameters
     ----------
     post, base, new_base : checkpoint folders; lists of post and base for several deltas
-    framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch CPU tensors
+    framework : ``"np"`` for NumPy arrays (bf16 and fp8 as ml_dtypes types), ``"pt"`` for torch tensors
+    device : ``"cpu"``, or ``"cuda"``, ``"cuda:1"`` …: tensors of that GPU, merged there (``framework="pt"``)
     threads, memory, isa, io : see :class:`paramdelta.engine.EngineOptions`
+    kernel : other arithmetic than a merge's, called for every piece of a tensor whose parts lie in a slot
+        (:mod:`paramdelta.stages`); copies, and quantised weights, come as ever
     **policies : as in :func:`paramdelta.merge`, except ``overwrite``
 
     Raises
@@ -57,23 +63,28 @@ def stream(
 
     if framework not in ("np", "pt"):
         raise OperandError(f"framework: expected 'np' or 'pt', got {framework!r}")
+    if device != "cpu" and (framework != "pt" or not device.startswith("cuda") or kernel is not None):
+        raise OperandError(f"device: {device!r} needs framework='pt', and is 'cuda' or 'cuda:N', without a kernel")
     request = make_request(post=post, base=base, new_base=new_base, out=None, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
-    return _batches(prepare(request), framework, options, batch_bytes)
+    stage = None if kernel is None else KernelStage(kernel)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device, stage=stage)
+    plan = prepare(request)
+    options = devices.resolved(options, plan.work)
+    return _batches(plan, framework, options, batch_bytes)
 
 
 def _batches(plan: Plan, framework: str, options: engine.EngineOptions, batch_bytes: int) -> Iterator[tuple[str, Any]]:
     work, _ = engine.settle(plan.work, tensors=len(plan.names), options=options)
     plan.check_inputs()
-    ahead: _Batch | None = None
+    ahead: Batch | None = None
     groups = _grouped(plan, batch_bytes)
     try:
         first = next(groups, None)
-        ahead = None if first is None else _Batch(plan, work, first, framework, options)
+        ahead = None if first is None else Batch(plan, work, first, framework, options)
         while ahead is not None:
             ready, following = ahead, next(groups, None)
             tensors = ready.finish()
-            ahead = None if following is None else _Batch(plan, work, following, framework, options)
+            ahead = None if following is None else Batch(plan, work, following, framework, options)
             yield from tensors
     except (StorageError, ValueError):
         plan.check_inputs()  # a cause that says more than what it led to
@@ -96,19 +107,24 @@ def _grouped(plan: Plan, batch_bytes: int) -> Iterator[range]:
         yield range(start, len(plan.names))
 
 
-class _Batch:
-    """Consecutive tensors that the engine is filling."""
+class Batch:
+    """Tensors that the engine is filling; their numbers in the plan ascend. ``work`` is the plan's, settled."""
 
-    def __init__(self, plan: Plan, work: Work, tensors: range, framework: str, options: engine.EngineOptions) -> None:
+    def __init__(
+        self, plan: Plan, work: Work, tensors: Sequence[int], framework: str, options: engine.EngineOptions
+    ) -> None:
         self._plan, self._tensors = plan, tensors
-        allocate = _allocate_torch if framework == "pt" else _allocate_numpy
-        pairs = [allocate(plan, tensor) for tensor in tensors]
+        device = options.device if options.stage is not None else "cpu"
+        pairs = [_allocate_numpy(plan, t) if framework == "np" else _allocate_torch(plan, t, device) for t in tensors]
+        if device.startswith("cuda"):
+            _wait_for_earlier_work(device)
         self._values = [value for value, _ in pairs]
         plan.check_inputs()
         part = _into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
         self._run = engine.start(part, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 
     def finish(self) -> list[tuple[str, Any]]:
+        """Wait for the engine; return names and values. Raises NonFiniteError, StorageError."""
         try:
             while not self._run.wait_for(engine.WAKE_SECONDS):
                 pass
@@ -125,15 +141,20 @@ class _Batch:
         return list(zip((self._plan.names[t] for t in self._tensors), self._values, strict=True))
 
     def abandon(self) -> None:
+        """Stop the engine; the values are lost."""
         self._run.abandon()
 
 
-def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
+def _into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
     """Return the part of ``work`` that makes ``tensors``, each an output of its own that starts at byte 0, and only
     the input files it needs. Of a region whose codes or scales belong elsewhere, only the wanted plane is kept."""
 
+    columns = (work.spans["tensor"], work.regions["tensor"], work.scale_tensors, np.asarray(tensors))
+    place = np.full(2 + max(int(column.max(initial=-1)) for column in columns), -1)  # the last is for the number −1
+    place[list(tensors)] = np.arange(len(tensors))
+
     def wanted(numbers: Column) -> Column:
-        return (numbers >= tensors.start) & (numbers < tensors.stop)
+        return place[numbers] >= 0
 
     codes, scales = wanted(work.regions["tensor"]), wanted(work.scale_tensors)
     spans = work.spans[wanted(work.spans["tensor"])].copy()
@@ -147,9 +168,9 @@ def _into_memory(work: Work, tensors: range, sizes: list[int]) -> Work:
         (regions, "scale_out_file", "scale_out_offset", scale_tensors, in_scales),
     )
     for rows, _, offset, numbers, chosen in parts:
-        np.minimum.at(first, numbers[chosen] - tensors.start, rows[offset][chosen])
+        np.minimum.at(first, place[numbers[chosen]], rows[offset][chosen])
     for rows, file, offset, numbers, chosen in parts:
-        local = np.where(chosen, numbers - tensors.start, 0)
+        local = np.where(chosen, place[numbers], 0)
         rows[file] = np.where(chosen, local, -1)
         rows[offset] = np.where(chosen, rows[offset] - first[local], 0)
     terms, views = work.terms.copy(), work.views.copy()
@@ -196,7 +217,7 @@ def _allocate_numpy(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]
     return value, value.reshape(-1).view(np.uint8)
 
 
-def _allocate_torch(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]:
+def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarray[Any, Any] | engine.DeviceMemory]:
     import torch
 
     dtype, shape = plan.dtype_of(tensor), plan.shape_of(tensor)
@@ -205,5 +226,14 @@ def _allocate_torch(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]
         raise OperandError(
             f"{shown(plan.names[tensor])}: this torch has no {dtype.name} tensors; framework='np' yields it"
         )
-    value = torch.empty(shape, dtype=torch_dtype)
+    value = torch.empty(shape, dtype=torch_dtype, device=device)
+    if device != "cpu":
+        return value, engine.DeviceMemory(value.data_ptr(), value.nbytes)
     return value, value.reshape(-1).view(torch.uint8).numpy()
+
+
+def _wait_for_earlier_work(device: str) -> None:
+    """torch hands out memory that kernels queued earlier may still be using; other streams must wait for those."""
+    import torch
+
+    torch.cuda.current_stream(device).synchronize()

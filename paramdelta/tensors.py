@@ -1,7 +1,8 @@
 """Arrays at the edge: NumPy arrays and torch tensors as strided views of their stored bits, checked once.
 
 A tensor's bits are seen through ``Tensor.numpy()``, which shares its memory, so that everything behind this
-module knows NumPy alone. torch is imported here only by those who pass a tensor, and have imported it
+module knows NumPy alone. One in CUDA memory is seen as an array of its addresses and strides, which no one may read:
+``source`` is what to work with. torch is imported here only by those who pass a tensor, and have imported it
 themselves.
 """
 
@@ -28,12 +29,16 @@ _TooHard: type[Exception] = getattr(np, "exceptions", np).TooHardError  # NumPy 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """An array seen as its stored codes: ``name`` for messages, ``kind`` is ``numpy`` or ``torch``."""
+    """An array seen as its stored codes: ``name`` for messages, ``kind`` is ``numpy``, ``torch`` or ``cuda``.
+
+    ``source`` is the tensor of the other two kinds. SAFETY: of ``cuda``, ``codes`` has addresses of a device.
+    """
 
     name: str
     codes: NDArray[Any]
     dtype: DType
     kind: str
+    source: Any = None
 
     def operand(self) -> Operand:
         """Return the address of the first element. SAFETY: valid while this object, or the array it views, lives."""
@@ -43,13 +48,13 @@ class Tensor:
         """Return this tensor, or a copy of it in row-major order."""
         if self.codes.flags.c_contiguous:
             return self
-        return Tensor(self.name, np.ascontiguousarray(self.codes), self.dtype, self.kind)
+        return Tensor(self.name, np.ascontiguousarray(self.codes), self.dtype, self.kind, self.source)
 
     def contiguous_target(self) -> Tensor:
         """Return this tensor, or new memory in row-major order for what will be copied to it."""
         if self.codes.flags.c_contiguous:
             return self
-        return Tensor(self.name, np.empty(self.codes.shape, self.codes.dtype), self.dtype, self.kind)
+        return Tensor(self.name, np.empty(self.codes.shape, self.codes.dtype), self.dtype, self.kind, self.source)
 
 
 def read_operand(name: str, x: Any) -> Tensor:
@@ -89,9 +94,9 @@ def read_out(out: Any, operands: Sequence[Tensor], dtype: DType | None) -> Tenso
 
 def allocate(like: Tensor, dtype: DType) -> tuple[Tensor, Any]:
     """Return new memory of ``like``'s shape and kind as stored codes, and as the array that the user gets."""
-    if like.kind == "torch":
+    if like.source is not None:
         torch = sys.modules["torch"]
-        result = torch.empty(like.codes.shape, dtype=getattr(torch, str(dtype.numpy)))
+        result = torch.empty(like.codes.shape, dtype=getattr(torch, str(dtype.numpy)), device=like.source.device)
     else:
         result = np.empty(like.codes.shape, dtype.to_numpy())
     return read_operand("out", result), result
@@ -143,8 +148,8 @@ def _read_numpy(name: str, x: NDArray[Any]) -> Tensor:
 def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
     if x.device.type == "meta":
         raise OperandError(f"{name}: is on meta and holds no data; load it first")
-    if x.device.type != "cpu":
-        raise OperandError(f"{name}: is on {x.device}, but only CPU tensors are supported; pass {name}.cpu()")
+    if x.device.type not in ("cpu", "cuda"):
+        raise OperandError(f"{name}: is on {x.device}, but only CPU and CUDA tensors are supported; pass {name}.cpu()")
     if x.layout != torch.strided:
         raise OperandTypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}; pass {name}.to_dense()")
     if x.requires_grad:
@@ -155,13 +160,41 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
     if x.is_neg():
         raise OperandError(f"{name}: is a lazily negated view; pass {name}.resolve_neg()")
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if x.device.type == "cuda":
+        return Tensor(name, _geometry(x, dtype), dtype, "cuda", x)
     try:
         codes = x.view(integers[dtype.itemsize]).numpy()
     except (RuntimeError, TypeError) as error:
         raise OperandTypeError(
             f"{name}: its memory cannot be read ({type(x).__qualname__}: {shown(error)}); pass a plain dense tensor"
         ) from error
-    return Tensor(name, codes.view(f"u{dtype.itemsize}"), dtype, "torch")
+    return Tensor(name, codes.view(f"u{dtype.itemsize}"), dtype, "torch", x)
+
+
+class _Geometry:
+    """What NumPy asks of an array's memory, without the memory."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def _geometry(x: Any, dtype: DType) -> NDArray[Any]:
+    """Return a dense tensor's address, shape and strides as an array. SAFETY: it must never be read or written."""
+    shape = tuple(x.shape)
+    if x.numel() == 0:
+        return np.empty(shape, f"u{dtype.itemsize}")
+    strides = tuple(s * dtype.itemsize for s in x.stride())
+    return np.asarray(
+        _Geometry(
+            {
+                "version": 3,
+                "typestr": f"<u{dtype.itemsize}",
+                "shape": shape,
+                "strides": strides,
+                "data": (x.data_ptr(), False),
+            }
+        )
+    )
 
 
 def _same_elements(a: NDArray[Any], b: NDArray[Any]) -> bool:

@@ -23,6 +23,7 @@ from paramdelta.errors import CheckpointError, Complaint, InputError, shown
 from paramdelta.merging import prepare
 from paramdelta.plan import Kind, MergeRequest, Plan, make_request
 from paramdelta.plan.deltas import Folders
+from paramdelta.plan.gathers import AS_START, IN_NEW_BASE, ZEROS, Gather
 from paramdelta.plan.outputs import Making
 from paramdelta.plan.pairing import NONE
 from paramdelta.plan.samples import read_bytes
@@ -343,27 +344,57 @@ def _expected(plan: Plan, tensor: int, readers: Readers, first: int, last: int) 
         if stored == dtype:
             return codes
         return reference.merge(reference.Array(codes, stored), [], dtype).codes
-    width = int(np.prod(plan.shape_of(tensor)[1:])) if plan.shape_of(tensor) else 1
-    size = (last - first) * width
-    new, _ = _operand(readers, plan.new_base, row, first, last, size)
-    terms = []
-    for delta in pairing.deltas(i):
-        post, in_post = _operand(readers, plan.checkpoints[delta.post_role], delta.post, first, last, size)
-        base, _ = _operand(readers, plan.checkpoints[delta.base_role], delta.base, first, last, size)
-        assert base.codes is not None
-        base.codes[~in_post] = 0  # what post lacks has no delta
-        terms.append(reference.Term(post, base, delta.alpha))
-    return reference.merge(new, terms, dtype, size).codes
+    gather = pairing.gathers.get(i)
+    if gather is not None:
+        return _gathered(plan, readers, i, gather, dtype, first, last)
+    terms = [
+        reference.Term(
+            _operand(readers, plan.checkpoints[delta.post_role], delta.post, first, last),
+            _operand(readers, plan.checkpoints[delta.base_role], delta.base, first, last),
+            delta.alpha,
+        )
+        for delta in pairing.deltas(i)
+    ]
+    return reference.merge(_operand(readers, plan.new_base, row, first, last), terms, dtype).codes
 
 
-def _operand(
-    readers: Readers, checkpoint: Checkpoint, row: int, first: int, last: int, size: int
-) -> tuple[reference.Array, NDArray[np.bool_]]:
-    """Return rows of an operand, zeros for those its tensor lacks, and which elements it has."""
+def _operand(readers: Readers, checkpoint: Checkpoint, row: int, first: int, last: int) -> reference.Array:
     assert row != NONE
-    shape, dtype = checkpoint.tensors.shapes[row], DTYPES[checkpoint.tensors.dtype[row]]
-    have = shape[0] if shape else 1
-    present = readers.codes(checkpoint, row, first, min(last, have)) if first < have else np.empty(0, np.uint8)
-    codes = np.zeros(size, np.dtype(f"u{dtype.itemsize}"))
-    codes[: len(present)] = present
-    return reference.Array(codes, dtype), np.arange(size) < len(present)
+    return reference.Array(readers.codes(checkpoint, row, first, last), DTYPES[checkpoint.tensors.dtype[row]])
+
+
+def _gathered(
+    plan: Plan, readers: Readers, i: int, gather: Gather, dtype: DType, first: int, last: int
+) -> NDArray[Any]:
+    """Recompute rows of a tensor whose rows are paired one by one: together, those that have the same operands."""
+    width = math.prod(plan.pairing.shapes[i][1:])
+    deltas = plan.pairing.deltas(i)
+
+    def rows_of(role: str, row: int, wanted: NDArray[np.int64]) -> reference.Array:
+        checkpoint = plan.checkpoints[role]
+        stored = DTYPES[checkpoint.tensors.dtype[row]]
+        codes = np.zeros((len(wanted), width), np.dtype(f"u{stored.itemsize}"))
+        breaks = np.flatnonzero(np.diff(wanted) != (wanted[:-1] >= 0)) + 1
+        for at, run in zip([0, *breaks.tolist()], np.split(wanted, breaks), strict=True):
+            if run[0] >= 0:
+                found = readers.codes(checkpoint, row, int(run[0]), int(run[-1]) + 1)
+                codes[at : at + len(run)] = found.reshape(len(run), width)
+        return reference.Array(codes.reshape(-1), stored)
+
+    # What post lacks has no delta; of base it matters whether the row that the sum starts from stands for its own.
+    pairs = [tuple(column[first:last] for column in gather.deltas[d.number]) for d in deltas]
+    kinds = [np.where(post == ZEROS, 0, np.where(base == AS_START, 2, 1)) for post, base in pairs]
+    states = np.array([gather.start_in[first:last], *kinds])
+    starts = {d.number: (d.base_role, d.base) for d in deltas} | {IN_NEW_BASE: ("new_base", plan.pairing.new_base[i])}
+    out = np.zeros((last - first, width), np.dtype(f"u{dtype.itemsize}"))
+    for state in np.unique(states, axis=1).T:
+        chosen = (states == state[:, None]).all(axis=0)
+        start = rows_of(*starts[int(state[0])], gather.start[first:last][chosen])
+        terms = []
+        for d, (in_post, in_base), kind in zip(deltas, pairs, state[1:].tolist(), strict=True):
+            if kind:
+                post = rows_of(d.post_role, d.post, in_post[chosen])
+                base = start if kind == 2 else rows_of(d.base_role, d.base, in_base[chosen])
+                terms.append(reference.Term(post, base, d.alpha))
+        out[chosen] = reference.merge(start, terms, dtype).codes.reshape(-1, width)
+    return out.reshape(-1)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,18 +73,26 @@ def make_models(name: str, folder: Path) -> dict[str, Path]:
 
 def load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     """Return the model of a folder, its weights in bf16, and what transformers says about the loading."""
+    with on_a_cpu():
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **dequantised(folder), **options)
+    return model.eval(), info
+
+
+def dequantised(folder: Path) -> dict[str, Any]:
+    """Return the options with which transformers loads the weights of a folder as bf16, and says how."""
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    quantised = {"quantization_config": DEQUANTISING[config["quant_method"]]()} if config else {}
+    return {"output_loading_info": True, "dtype": torch.bfloat16, **quantised}
+
+
+@contextmanager
+def on_a_cpu() -> Iterator[None]:
+    """The loader asks for accelerate, and on a CPU uses nothing of it; it warns that the folder has a config too."""
     from transformers.quantizers import quantizer_finegrained_fp8 as fp8
 
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
-    if config:
-        options["quantization_config"] = DEQUANTISING[config["quant_method"]]()
     with mock.patch.object(fp8, "is_accelerate_available", return_value=True), warnings.catch_warnings():
-        # The loader asks for accelerate, and on a CPU uses nothing of it; it warns that the folder has a config too.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, dtype=torch.bfloat16, **options
-        )
-    return model.eval(), info
+        yield
 
 
 DEQUANTISING: dict[str, Callable[[], Any]] = {

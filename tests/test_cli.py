@@ -217,3 +217,17 @@ def test_help_teaches(tmp_path: Path) -> None:
         assert word in text
     for command in ("merge", "extract", "apply", "plan", "inspect", "verify", "demo"):
         assert "--json" in run(command, "--help", cwd=tmp_path).stdout
+
+
+def test_info_says_why_a_backend_does_not_run(tmp_path: Path) -> None:
+    done = run("info", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["kind"] == "info"
+    assert document["backends"]["cpu"]["available"]
+    assert "scalar" in document["backends"]["cpu"]["variants"]
+    cuda = document["backends"]["cuda"]
+    assert cuda["available"] == (cuda["why_not"] is None)
+    told = run("info", cwd=tmp_path).stdout
+    assert "cpu: scalar" in told
+    assert cuda["available"] or f"cuda: not available: {cuda['why_not']}" in told

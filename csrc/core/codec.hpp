@@ -8,12 +8,6 @@
 
 #include "core/dtypes.hpp"
 
-#if defined(__CUDACC__)
-#define PARAMDELTA_HOST_DEVICE __host__ __device__
-#else
-#define PARAMDELTA_HOST_DEVICE
-#endif
-
 namespace paramdelta {
 
 template <class To, class From>

@@ -4,6 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define PARAMDELTA_HOST_DEVICE __host__ __device__
+#else
+#define PARAMDELTA_HOST_DEVICE
+#endif
+
 namespace paramdelta {
 
 enum class DType : std::uint8_t {
@@ -51,6 +57,14 @@ inline constexpr std::size_t kMergeDTypeCount = 6;
 constexpr const DTypeInfo& info(DType dtype) { return kDTypes[static_cast<std::size_t>(dtype)]; }
 
 // Bytes of one element of a type with arithmetic.
-constexpr std::size_t size_of(DType dtype) { return static_cast<std::size_t>(info(dtype).bits) / 8; }
+PARAMDELTA_HOST_DEVICE constexpr std::size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::bf16:
+    case DType::f16: return 2;
+    case DType::f32: return 4;
+    case DType::f64: return 8;
+    default: return 1;
+  }
+}
 
 }  // namespace paramdelta

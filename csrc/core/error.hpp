@@ -16,4 +16,10 @@ class StorageError : public std::runtime_error {
   int code_;
 };
 
+// A device that computes for the engine failed: out of memory, lost, refused.
+class StageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 }  // namespace paramdelta

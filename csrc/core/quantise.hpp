@@ -10,7 +10,8 @@
 
 namespace paramdelta {
 
-constexpr std::size_t scale_size(DType dtype) { return static_cast<std::size_t>(info(dtype).bits) / 8; }
+// Bytes of one scale; f8_e8m0 and f8_e4m3 have one.
+PARAMDELTA_HOST_DEVICE constexpr std::size_t scale_size(DType dtype) { return size_of(dtype); }
 
 // Bytes 0 … 255 of f8_e8m0 as binary32: 2^(byte − 127), of which byte 0 is subnormal, and NaN.
 PARAMDELTA_HOST_DEVICE inline float decode_e8m0(std::uint32_t byte) {

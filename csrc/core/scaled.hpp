@@ -14,13 +14,20 @@ namespace paramdelta {
 enum class Codec : std::uint8_t { bf16, f16, f32, f64, f8_e4m3, f8_e5m2, f8_e4m3fnuz, f8_e5m2fnuz, f4, i4 };
 inline constexpr std::size_t kCodecCount = 10;
 
-constexpr int bits_of(Codec codec) {
-  constexpr int bits[kCodecCount] = {16, 16, 32, 64, 8, 8, 8, 8, 4, 4};
-  return bits[static_cast<std::size_t>(codec)];
+PARAMDELTA_HOST_DEVICE constexpr int bits_of(Codec codec) {
+  switch (codec) {
+    case Codec::bf16:
+    case Codec::f16: return 16;
+    case Codec::f32: return 32;
+    case Codec::f64: return 64;
+    case Codec::f4:
+    case Codec::i4: return 4;
+    default: return 8;
+  }
 }
 
 // Bytes of `count` elements, of which an even number where they are nibbles, except at the end of a row.
-constexpr std::size_t bytes_of(Codec codec, std::size_t count) {
+PARAMDELTA_HOST_DEVICE constexpr std::size_t bytes_of(Codec codec, std::size_t count) {
   return (count * static_cast<std::size_t>(bits_of(codec)) + 7) / 8;
 }
 

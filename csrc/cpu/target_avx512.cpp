@@ -27,6 +27,7 @@
 // clang-format off: in this order
 #include "cpu/merge-inl.hpp"
 #include "cpu/norms-inl.hpp"
+#include "cpu/gram-inl.hpp"
 #include "cpu/scaled-inl.hpp"
 // clang-format on
 

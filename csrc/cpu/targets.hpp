@@ -1,9 +1,10 @@
-// What each instruction set's translation unit provides: the loops of merge-inl.hpp, norms-inl.hpp and scaled-inl.hpp,
-// compiled for it.
+// What each instruction set's translation unit provides: the loops of merge-inl.hpp, norms-inl.hpp, gram-inl.hpp and
+// scaled-inl.hpp, compiled for it.
 #pragma once
 
 #include "core/expression.hpp"
 #include "core/scaled.hpp"
+#include "cpu/gram.hpp"
 #include "cpu/merge.hpp"
 #include "cpu/norms.hpp"
 #include "cpu/scaled_work.hpp"
@@ -29,6 +30,7 @@ namespace scalar {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
+void add_gram_range(const GramRange& range);
 ScaledResult scaled_region(const ScaledMerge& job, ScaledWork& work);
 }  // namespace scalar
 #if PARAMDELTA_X86
@@ -36,12 +38,14 @@ namespace avx2 {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
+void add_gram_range(const GramRange& range);
 ScaledResult scaled_region(const ScaledMerge& job, ScaledWork& work);
 }  // namespace avx2
 namespace avx512 {
 Counts merge_range(const Merge& job, Store store);
 void add_norms_range(const Operand& post, const Operand& base, const Operand& new_base, std::size_t count,
                      NormSums& sums);
+void add_gram_range(const GramRange& range);
 ScaledResult scaled_region(const ScaledMerge& job, ScaledWork& work);
 }  // namespace avx512
 #endif

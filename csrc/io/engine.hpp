@@ -11,12 +11,11 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/merge.hpp"
-#include "cpu/scaled.hpp"
 #include "io/checksums.hpp"
 #include "io/cursor.hpp"
 #include "io/rectangle.hpp"
 #include "io/slot.hpp"
+#include "io/stage.hpp"
 #include "io/work.hpp"
 
 namespace paramdelta::io {
@@ -25,6 +24,7 @@ struct Options {
   int threads = 1;
   std::size_t slot_bytes = std::size_t{1} << 20;
   cpu::Isa isa = cpu::Isa::scalar;
+  std::shared_ptr<Stage> stage;  // none: the processor
 };
 
 // What measuring a unit found: the largest |x| of its regions, and whether a delta in one of them is not zero.
@@ -40,6 +40,7 @@ struct Loss {
 };
 
 struct Results {
+  // Numbers of tensors and units are those of all variants (Work).
   std::vector<Counts> counts;      // one per tensor
   std::vector<Loss> losses;        // one per tensor; empty where the work has no regions
   std::vector<Measured> measured;  // one per unit
@@ -57,7 +58,8 @@ struct Progress {
 class Engine {
  public:
   // Checks the work against the sizes of the files. Throws StorageError or std::invalid_argument. Output
-  // files must exist at their full size; memory of a target belongs to the caller and must outlive the run.
+  // files must exist at their full size; memory of a target belongs to the caller and must outlive the run. Variants
+  // write to files only.
   Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs,
          const std::vector<std::int64_t>& output_sizes, Options options);
   ~Engine();
@@ -77,17 +79,23 @@ class Engine {
     void operator()(std::byte* memory) const;
   };
   void run(int worker);
-  void work_through(Slot& slot, Rectangle& rectangle);
-  void carry(Slot& slot);
-  void carry(Rectangle& rectangle, const Piece& piece);
+  void work_through(int worker, Slot& slot, Rectangle& rectangle);
+  void carry(int worker, Slot& slot);
+  void carry(int worker, Rectangle& rectangle, const Piece& piece);
+  void join() noexcept;
+  void note(const StageBatch& batch, std::size_t variant, const std::vector<Counts>& counts);
+  void note(const Region& region, std::size_t variant, const ScaledResult& result);
 
   Work work_;
   std::vector<Input> inputs_;
   std::vector<Target> outputs_;
   const Options options_;
+  const std::shared_ptr<Stage> stage_;
+  bool attached_ = false;
   std::optional<Checksums> checksums_;
   std::optional<Cursor> cursor_;
-  std::unique_ptr<std::byte, Unmapper> slab_;
+  std::unique_ptr<std::byte, Unmapper> own_slab_;
+  std::byte* slab_ = nullptr;  // own_slab_, or the stage's
   std::vector<std::thread> threads_;
   std::atomic<bool> stopping_{false};
   std::atomic<std::int64_t> bytes_read_{0};

@@ -79,11 +79,13 @@ struct Input {
   }
 };
 
-// Where output goes, likewise; or nowhere, where only what comes of it on the way is wanted.
+// Where output goes, likewise; or nowhere, where only what comes of it on the way is wanted. Memory of a device is
+// written to by the stage.
 struct Target {
   File file;
   std::byte* memory = nullptr;
   bool nowhere = false;
+  bool on_device = false;
 
   std::size_t alignment() const { return file.alignment(); }
   void write_at(const void* from, std::size_t count, std::int64_t offset) const {

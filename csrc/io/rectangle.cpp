@@ -254,9 +254,9 @@ Rectangle::Plane Rectangle::load_turned_nibbles(const std::vector<Input>& inputs
   return {rows, static_cast<std::ptrdiff_t>(pitch)};
 }
 
-float Rectangle::load_float(const std::vector<Input>& inputs, std::int32_t file, std::int64_t offset) {
+float Rectangle::load_float(const Input& input, std::int64_t offset) {
   float value;
-  inputs[static_cast<std::size_t>(file)].read_at(&value, sizeof(value), offset);
+  input.read_at(&value, sizeof(value), offset);
   read_ += sizeof(value);
   return value;
 }
@@ -273,7 +273,7 @@ void Rectangle::load_scales(const std::vector<Input>& inputs, const View& view, 
   scales.col_phase = place_in(piece_.col, view.col_phase, view.grid_cols).phase;
   if (view.second_file != kAbsent) {
     scales.second = static_cast<Second>(view.second);
-    scales.second_value = load_float(inputs, view.second_file, view.second_offset);
+    scales.second_value = load_float(inputs[static_cast<std::size_t>(view.second_file)], view.second_offset);
   }
   if (view.zero_file == kAbsent) return;
   const Plane zeros = load(inputs, zeros_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols));
@@ -301,7 +301,7 @@ std::int64_t Rectangle::out_offset() const {
   return at.out_offset + piece_.row * at.out_pitch + work_.out_bytes(at, piece_.col);
 }
 
-void Rectangle::prepare_output(const std::vector<Input>& inputs) {
+void Rectangle::prepare_output() {
   const Region& at = region();
   const std::int64_t row_bytes = work_.out_bytes(at, piece_.cols);
   job_.out = take_placed(static_cast<std::size_t>(piece_.rows * row_bytes), work_.alignment, out_offset());
@@ -313,10 +313,22 @@ void Rectangle::prepare_output(const std::vector<Input>& inputs) {
   job_.out_scales =
       take(static_cast<std::size_t>(grid_count(piece_.rows, 0, at.grid_rows) * cols) * scale_item(*recipe));
   job_.out_scale_pitch = static_cast<std::ptrdiff_t>(cols);
-  if (at.second_file != kAbsent) job_.second_value = load_float(inputs, at.second_file, at.second_offset);
-  if (at.given_file == kAbsent) return;
-  job_.given = true;
-  job_.given_scale = load_float(inputs, at.given_file, at.given_offset);
+  job_.given = at.given_file != kAbsent;
+}
+
+std::size_t Rectangle::turn_to(std::size_t variant, const std::vector<Input>& inputs) {
+  const Region& at = region();
+  variant_ = variant;
+  read_ = 0;
+  for (std::size_t t = 0; t < terms_.size(); ++t)
+    terms_[t].alpha = work_.region_alpha(static_cast<std::size_t>(at.first_term) + t, variant);
+  if (at.measure || !job_.quantised) return 0;
+  const auto load = [&](std::int32_t file, std::int64_t offset) {
+    return load_float(inputs[work_.input_for(file, variant)], offset);
+  };
+  if (at.second_file != kAbsent) job_.second_value = load(at.second_file, at.second_offset);
+  if (job_.given) job_.given_scale = load(at.given_file, at.given_offset);
+  return read_;
 }
 
 std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs) {
@@ -342,7 +354,8 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
                    row->floor,
                    row->zero};
   }
-  if (!at.measure) prepare_output(inputs);
+  if (!at.measure) prepare_output();
+  operands_ = free_;
   terms_.clear();
   for (std::int32_t t = 0; t < at.n_terms; ++t) {
     const RegionTerm& term = work_.region_terms[static_cast<std::size_t>(at.first_term + t)];
@@ -354,20 +367,23 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
   return read_;
 }
 
-std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& checksums) const {
+std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& checksums, const Write& to_device) const {
   const Region& at = region();
   if (at.measure) return 0;
   std::size_t written = 0;
   const auto write = [&](std::int32_t file, const void* data, std::int64_t offset, std::int64_t rows,
                          std::int64_t stride, std::int64_t length) {
+    file = work_.output_for(file, variant_, outputs.size());
     const Target& target = outputs[static_cast<std::size_t>(file)];
     const auto* from = static_cast<const std::byte*>(data);
     checksums.add_rows(file, offset, from, rows, length, stride);
-    if (stride == length || rows == 1) {
-      target.write_at(from, static_cast<std::size_t>(rows * length), offset);
-    } else {
-      for (std::int64_t r = 0; r < rows; ++r)
-        target.write_at(from + r * length, static_cast<std::size_t>(length), offset + r * stride);
+    const std::int64_t lines = stride == length ? 1 : rows, bytes = stride == length ? rows * length : length;
+    for (std::int64_t r = 0; r < lines; ++r) {
+      const auto count = static_cast<std::size_t>(bytes);
+      if (target.on_device)
+        to_device(target.memory + offset + r * stride, from + r * length, count);
+      else
+        target.write_at(from + r * length, count, offset + r * stride);
     }
     written += static_cast<std::size_t>(rows * length);
   };

@@ -3,9 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
-#include "core/scaled.hpp"
+#include "core/stage.hpp"
 #include "io/checksums.hpp"
 #include "io/file.hpp"
 #include "io/work.hpp"
@@ -35,10 +36,17 @@ class Rectangle {
 
   // Reads the operands of a piece. Returns the bytes read.
   std::size_t fill(const Piece& piece, const std::vector<Input>& inputs);
+  // Makes job() that of one of the variants: its alphas, and the scales it is given. Returns the bytes read.
+  std::size_t turn_to(std::size_t variant, const std::vector<Input>& inputs);
   const ScaledMerge& job() const { return job_; }
+  StageFrame frame(std::size_t variant) const {
+    return {operands_, static_cast<std::size_t>(free_ - operands_), variant != 0};
+  }
   const Region& region() const { return work_.regions[piece_.region]; }
-  // Writes codes and scales, and has them summed. Returns their bytes.
-  std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums) const;
+  // Writes codes and scales of the variant turned to, and has them summed; `write` copies into memory of a device.
+  // Returns their bytes.
+  using Write = std::function<void(std::byte* to, const std::byte* from, std::size_t bytes)>;
+  std::size_t drain(const std::vector<Target>& outputs, Checksums& checksums, const Write& write) const;
 
  private:
   struct Plane;
@@ -52,17 +60,19 @@ class Rectangle {
   Plane load_turned_nibbles(const std::vector<Input>& inputs, const View& view);
   Matrix load_view(const std::vector<Input>& inputs, std::int32_t number);
   void load_scales(const std::vector<Input>& inputs, const View& view, Scales& scales);
-  float load_float(const std::vector<Input>& inputs, std::int32_t file, std::int64_t offset);
-  void prepare_output(const std::vector<Input>& inputs);
+  float load_float(const Input& input, std::int64_t offset);
+  void prepare_output();
 
   const Work& work_;
   std::byte* const memory_;
   const std::size_t bytes_;
+  std::byte* operands_ = nullptr;  // where they begin; they end at free_
   std::byte* free_ = nullptr;
   Piece piece_;
   ScaledMerge job_;
   std::vector<MatrixTerm> terms_;
   std::size_t read_ = 0;
+  std::size_t variant_ = 0;
 };
 
 }  // namespace paramdelta::io

@@ -76,7 +76,7 @@ void Slot::lay_out_operand(const std::vector<Input>& inputs, std::size_t k) {
       at.offset += part.first * static_cast<std::int64_t>(item);
       const std::size_t bytes = static_cast<std::size_t>(part.count) * item;
       const std::size_t alignment = inputs[static_cast<std::size_t>(at.file)].alignment();
-      if (Work::is_copy(span) && alignment == 1)
+      if (Work::is_copy(span) && alignment == 1 && !on_device_)
         read_into(to = outs_[i], at, bytes);
       else
         to = place(at, bytes, alignment);
@@ -97,8 +97,9 @@ void Slot::lay_out(const std::vector<Input>& inputs, std::vector<Target>& output
   }
   Target& target = outputs[static_cast<std::size_t>(work_.spans[parts_.front().span].out_file)];
   forbid(memory_, bytes_);
+  on_device_ = target.on_device;
   out_ = target.memory ? target.memory + out_offset() : placed(memory_, target.alignment(), out_offset());
-  free_ = target.memory ? memory_ : out_ + out_bytes_;
+  operands_ = free_ = target.memory ? memory_ : out_ + out_bytes_;
   if (!target.memory && free_ <= memory_ + bytes_) allow(out_, out_bytes_);
   std::byte* out = out_;
   for (std::size_t i = 0; i < parts_.size(); ++i) {
@@ -122,27 +123,49 @@ std::size_t Slot::fill(const std::vector<Input>& inputs, std::vector<Target>& ou
   return total;
 }
 
-Merge Slot::job(std::size_t part) {
+void Slot::add_job(std::size_t part, std::size_t variant) {
   const Span& span = work_.spans[parts_[part].span];
   const auto operand = [&](std::size_t k) {
     return Operand{where_[k * parts_.size() + part], work_.operand(span, static_cast<int>(k)).dtype};
   };
-  terms_.clear();
+  const Term* const terms = terms_.data() + terms_.size();
   for (int k = 0; k < span.n_terms; ++k) {
     const auto post = static_cast<std::size_t>(1 + 2 * k);
-    terms_.push_back(
-        {operand(post), operand(post + 1), work_.terms[static_cast<std::size_t>(span.first_term + k)].alpha});
+    const double alpha = work_.alpha(static_cast<std::size_t>(span.first_term + k), variant);
+    terms_.push_back({operand(post), operand(post + 1), alpha});
   }
-  return {operand(0),
-          terms_.data(),
-          terms_.size(),
-          outs_[part],
-          static_cast<DType>(span.out_dtype),
-          static_cast<std::size_t>(parts_[part].count)};
+  tensors_.push_back(span.tensor);
+  jobs_.push_back({operand(0), terms, static_cast<std::size_t>(span.n_terms), outs_[part],
+                   static_cast<DType>(span.out_dtype), static_cast<std::size_t>(parts_[part].count)});
 }
 
-std::size_t Slot::drain(std::vector<Target>& outputs, Checksums& checksums) const {
-  const std::int32_t file = work_.spans[parts_.front().span].out_file;
+StageBatch Slot::batch(std::size_t variant) {
+  tensors_.clear();
+  jobs_.clear();
+  terms_.clear();
+  std::size_t terms = 0;
+  for (const Part& part : parts_) terms += static_cast<std::size_t>(work_.spans[part.span].n_terms);
+  terms_.reserve(terms);  // jobs point into it
+  for (std::size_t i = 0; i < parts_.size(); ++i)
+    if (!Work::is_copy(work_.spans[parts_[i].span])) add_job(i, variant);
+  return {{operands_, static_cast<std::size_t>(free_ - operands_), variant != 0},
+          out_,
+          out_bytes_,
+          on_device_,
+          jobs_.data(),
+          tensors_.data(),
+          jobs_.size()};
+}
+
+// What a copy reads from the literals of the first variant, from those of another.
+void Slot::copy_own(const std::vector<Input>& inputs, std::size_t part, std::size_t variant) {
+  const Location at = work_.operand(work_.spans[parts_[part].span], 0);
+  const std::int64_t first = parts_[part].first * static_cast<std::int64_t>(size_of(at.dtype));
+  inputs[work_.input_for(at.file, variant)].read_at(outs_[part], part_bytes(part), at.offset + first);
+}
+
+std::size_t Slot::drain(std::vector<Target>& outputs, Checksums& checksums, std::size_t variant) const {
+  const std::int32_t file = work_.output_for(work_.spans[parts_.front().span].out_file, variant, outputs.size());
   Target& target = outputs[static_cast<std::size_t>(file)];
   checksums.add(file, out_offset(), out_, out_bytes_);
   if (!target.memory) target.write_at(out_, out_bytes_, out_offset());

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "core/expression.hpp"
+#include "core/stage.hpp"
 #include "io/checksums.hpp"
 #include "io/cursor.hpp"
 #include "io/file.hpp"
@@ -24,19 +24,26 @@ class Slot {
 
   // Lays the load out and reads its operands. Returns the bytes read.
   std::size_t fill(const std::vector<Input>& inputs, std::vector<Target>& outputs);
-  // Calls merge(const Merge&, std::int32_t tensor) for each part that has arithmetic; the others are copied.
-  template <class Function>
-  void compute(Function&& merge) {
+  // The parts of a variant that have arithmetic; jobs and terms are the slot's, until the next call. Variants are to
+  // come one after the other, from the first.
+  StageBatch batch(std::size_t variant);
+  // Copies the parts that have none, write(to, from, bytes) into memory of a device. What was copied for the first
+  // variant is there for the others.
+  template <class Write>
+  void copy(const std::vector<Input>& inputs, std::size_t variant, Write&& write) {
     for (std::size_t i = 0; i < parts_.size(); ++i) {
       const Span& span = work_.spans[parts_[i].span];
-      if (!Work::is_copy(span))
-        merge(job(i), span.tensor);
-      else if (where_[i] != outs_[i])
+      if (!Work::is_copy(span)) continue;
+      if (variant != 0 && work_.is_own(span.new_file)) copy_own(inputs, i, variant);
+      if (variant != 0 || where_[i] == outs_[i]) continue;
+      if (on_device_)
+        write(outs_[i], where_[i], part_bytes(i));
+      else
         std::memcpy(outs_[i], where_[i], part_bytes(i));
     }
   }
-  // Writes the output extent, and has it summed. Returns its bytes.
-  std::size_t drain(std::vector<Target>& outputs, Checksums& checksums) const;
+  // Writes the output extent as it is at the time to a variant's file, and has it summed. Returns its bytes.
+  std::size_t drain(std::vector<Target>& outputs, Checksums& checksums, std::size_t variant) const;
 
  private:
   struct Read {
@@ -51,11 +58,13 @@ class Slot {
   void read_into(std::byte* to, const Location& from, std::size_t bytes);
   std::int64_t out_offset() const;
   std::size_t part_bytes(std::size_t part) const;  // of output
-  Merge job(std::size_t part);
+  void add_job(std::size_t part, std::size_t variant);
+  void copy_own(const std::vector<Input>& inputs, std::size_t part, std::size_t variant);
 
   const Work& work_;
   std::byte* const memory_;
   const std::size_t bytes_;
+  std::byte* operands_ = nullptr;  // where they begin; they end at free_
   std::byte* free_ = nullptr;
   std::vector<Part> parts_;
   std::vector<Read> reads_;
@@ -63,6 +72,9 @@ class Slot {
   std::vector<std::byte*> outs_;   // output of part i
   std::byte* out_ = nullptr;
   std::size_t out_bytes_ = 0;
+  bool on_device_ = false;  // out_ is
+  std::vector<std::int32_t> tensors_;
+  std::vector<Merge> jobs_;
   std::vector<Term> terms_;
 };
 

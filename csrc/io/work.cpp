@@ -18,6 +18,8 @@ bool fits(std::int64_t offset, std::int64_t count, DType dtype, std::int64_t siz
   return offset >= 0 && count >= 0 && offset <= size && count <= (size - offset) / item;
 }
 
+constexpr std::size_t kMostVariants = std::size_t{1} << 16;
+
 bool has_bytes(std::uint8_t code) { return code < kDTypeCount && kDTypes[code].bits % 8 == 0; }
 
 }  // namespace
@@ -29,8 +31,42 @@ int Work::max_operands() const {
 }
 
 void Work::validate(const std::vector<std::int64_t>& input_sizes, const std::vector<std::int64_t>& output_sizes) const {
-  validate_spans(input_sizes, output_sizes);
-  validate_regions(input_sizes, output_sizes);
+  validate_variants(input_sizes, output_sizes);
+  const std::vector<std::int64_t> own(
+      output_sizes.begin(), output_sizes.begin() + static_cast<std::ptrdiff_t>(output_sizes.size() / variants));
+  validate_spans(input_sizes, own);
+  validate_regions(input_sizes, own);
+}
+
+// Behind the first variant, only what is its own is looked at: alphas, the sizes of outputs and literals.
+void Work::validate_variants(const std::vector<std::int64_t>& input_sizes,
+                             const std::vector<std::int64_t>& output_sizes) const {
+  const auto require = [](bool condition, const char* problem) {
+    if (!condition) throw std::invalid_argument(std::string("variants: ") + problem);
+  };
+  require(variants >= 1 && variants <= kMostVariants, "expected at least one, and no more than 65,536");
+  require(tensors <= (std::size_t{1} << 31) / variants, "more tensors than can be numbered");
+  require(output_sizes.size() % variants == 0, "expected as many output files of each");
+  const std::size_t outputs = output_sizes.size() / variants;
+  for (std::size_t i = outputs; i < output_sizes.size(); ++i)
+    require(output_sizes[i] == output_sizes[i % outputs], "output files of different sizes");
+  require(term_alphas.size() == terms.size() * (variants - 1), "expected an alpha of each for every term");
+  require(region_alphas.size() == region_terms.size() * (variants - 1), "expected an alpha of each for every term");
+  for (const std::vector<double>* alphas : {&term_alphas, &region_alphas})
+    for (const double alpha : *alphas) require(std::isfinite(alpha), "alpha is not finite");
+  if (variants == 1 || own_input == kAbsent) return;
+  const auto first = static_cast<std::size_t>(own_input);
+  require(own_input >= 0 && first < input_sizes.size() && variants <= input_sizes.size() - first,
+          "literals out of range");
+  for (std::size_t v = 0; v < variants; ++v)
+    require(input_sizes[first + v] == input_sizes[first], "literals of different sizes");
+  // Operands are read once for all: only bytes that are copied, and given scales, can be a variant's own.
+  for (const Span& span : spans) require(is_copy(span) || !is_own(span.new_file), "literals that are an operand");
+  for (const TermRef& term : terms)
+    require(!is_own(term.post_file) && !is_own(term.base_file), "literals that are an operand");
+  for (const View& view : views)
+    require(!is_own(view.file) && !is_own(view.scale_file) && !is_own(view.zero_file) && !is_own(view.second_file),
+            "literals that are an operand");
 }
 
 void Work::validate_spans(const std::vector<std::int64_t>& input_sizes,

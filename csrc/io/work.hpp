@@ -100,6 +100,10 @@ constexpr std::int64_t grid_count(std::int64_t count, std::uint32_t phase, std::
 }
 
 // `tensors` is the number of output tensors: spans count NaN, Inf and overflow into the one they name.
+//
+// Variants are the same spans and regions with other alphas. Operands are read once for all of them; each has outputs
+// of its own. Of F output files, T tensors and U units, variant v writes file v · F + f, counts and sums up tensor
+// v · T + t, and measures unit v · U + u. Columns speak of variant 0.
 struct Work {
   std::vector<Span> spans;
   std::vector<TermRef> terms;
@@ -110,7 +114,11 @@ struct Work {
   std::vector<RecipeRow> recipes;
   std::vector<Extent> extents;  // of the tensors whose checksums are wanted
   std::size_t units = 0;
-  std::size_t alignment = 1;  // the largest of the files' (File::alignment)
+  std::size_t variants = 1;
+  std::vector<double> term_alphas;    // of the variants behind the first: of term t in v at t · (variants − 1) + v − 1
+  std::vector<double> region_alphas;  // of region terms, likewise
+  std::int32_t own_input = kAbsent;   // the first of `variants` inputs, of which each variant reads its own: literals
+  std::size_t alignment = 1;          // the largest of the files' (File::alignment)
 
   // Bytes of a slot that a direct transfer may take beyond those that are wanted: to begin on a page, and the rest of
   // its first and last one.
@@ -123,6 +131,20 @@ struct Work {
     const TermRef& term = terms[static_cast<std::size_t>(span.first_term + (index - 1) / 2)];
     return index % 2 ? Location{term.post_file, term.post_offset, static_cast<DType>(term.post_dtype)}
                      : Location{term.base_file, term.base_offset, static_cast<DType>(term.base_dtype)};
+  }
+  double alpha(std::size_t term, std::size_t variant) const {
+    return variant == 0 ? terms[term].alpha : term_alphas[term * (variants - 1) + variant - 1];
+  }
+  double region_alpha(std::size_t term, std::size_t variant) const {
+    return variant == 0 ? region_terms[term].alpha : region_alphas[term * (variants - 1) + variant - 1];
+  }
+  bool is_own(std::int32_t file) const { return file >= 0 && file == own_input; }
+  // The number of an input, or of an output, for one of the variants.
+  std::size_t input_for(std::int32_t file, std::size_t variant) const {
+    return static_cast<std::size_t>(file) + (is_own(file) ? variant : 0);
+  }
+  std::int32_t output_for(std::int32_t file, std::size_t variant, std::size_t outputs) const {
+    return file + static_cast<std::int32_t>(variant * (outputs / variants));
   }
   // True for runs of bytes that are carried over as they are: no terms, and a type without arithmetic.
   static bool is_copy(const Span& span) { return !info(static_cast<DType>(span.out_dtype)).merges; }
@@ -137,10 +159,12 @@ struct Work {
   }
 
   // Throws std::invalid_argument where a span or term refers to a file, tensor, dtype or range that does not exist,
-  // or where spans of one output file overlap or are out of order. The sizes are in bytes, one per file.
+  // or where spans of one output file overlap or are out of order, or where the files of variants differ in size. The
+  // sizes are in bytes, one per file.
   void validate(const std::vector<std::int64_t>& input_sizes, const std::vector<std::int64_t>& output_sizes) const;
 
  private:
+  void validate_variants(const std::vector<std::int64_t>& inputs, const std::vector<std::int64_t>& outputs) const;
   void validate_spans(const std::vector<std::int64_t>& inputs, const std::vector<std::int64_t>& outputs) const;
   void validate_regions(const std::vector<std::int64_t>& inputs, const std::vector<std::int64_t>& outputs) const;
 };

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "The C++ side of paramdelta. Private: use paramdelta.ops, or paramdelta.backends.cpu.";
   paramdelta::bind_ops(module);
   paramdelta::bind_checksums(module);
+  paramdelta::bind_gram(module);
   paramdelta::bind_scaled(module);
   paramdelta::bind_engine(module);
 }

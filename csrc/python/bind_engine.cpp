@@ -16,21 +16,44 @@ namespace py = pybind11;
 namespace paramdelta {
 namespace {
 
+// Rows that are followed by `more` numbers each, which go to `numbers`.
 template <class Row>
-std::vector<Row> rows_of(const py::buffer& buffer, const char* what) {
+std::vector<Row> rows_of(const py::buffer& buffer, const char* what, std::size_t more, std::vector<double>& numbers) {
   const py::buffer_info info = buffer.request();
-  if (info.ndim != 1 || info.itemsize != static_cast<py::ssize_t>(sizeof(Row)) || info.strides[0] != info.itemsize)
-    throw std::invalid_argument(std::string(what) + ": expected a contiguous column of " + std::to_string(sizeof(Row)) +
+  const std::size_t pitch = sizeof(Row) + more * sizeof(double);
+  if (info.ndim != 1 || info.itemsize != static_cast<py::ssize_t>(pitch) || info.strides[0] != info.itemsize)
+    throw std::invalid_argument(std::string(what) + ": expected a contiguous column of " + std::to_string(pitch) +
                                 "-byte rows");
   std::vector<Row> rows(static_cast<std::size_t>(info.shape[0]));
-  if (!rows.empty()) std::memcpy(rows.data(), info.ptr, rows.size() * sizeof(Row));
+  numbers.resize(rows.size() * more);
+  const auto* from = static_cast<const std::byte*>(info.ptr);
+  if (more == 0 && !rows.empty()) std::memcpy(rows.data(), from, rows.size() * sizeof(Row));
+  for (std::size_t i = 0; more != 0 && i < rows.size(); ++i) {
+    std::memcpy(&rows[i], from + i * pitch, sizeof(Row));
+    std::memcpy(&numbers[i * more], from + i * pitch + sizeof(Row), more * sizeof(double));
+  }
   return rows;
+}
+
+template <class Row>
+std::vector<Row> rows_of(const py::buffer& buffer, const char* what) {
+  std::vector<double> none;
+  return rows_of<Row>(buffer, what, 0, none);
 }
 
 // The engine and the Python objects whose memory it reads from or writes to.
 struct BoundEngine {
   std::vector<py::buffer_info> memory;
   std::unique_ptr<io::Engine> engine;
+
+  BoundEngine() = default;
+  // Workers may be waiting for the interpreter, in a stage that is written in Python.
+  ~BoundEngine() {
+    const py::gil_scoped_release unlocked;
+    engine.reset();
+  }
+  BoundEngine(const BoundEngine&) = delete;
+  BoundEngine& operator=(const BoundEngine&) = delete;
 
   const py::buffer_info& bytes_of(const py::handle object, bool writable) {
     memory.push_back(py::cast<py::buffer>(object).request(writable));
@@ -76,6 +99,12 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
       const auto [path, access] = file_of(object);
       target.file = io::File::open_for_writing(path, access);
       sizes.push_back(target.file.size());
+    } else if (py::isinstance<py::list>(object)) {  // [address on the device, bytes]
+      const auto at = py::cast<std::vector<std::int64_t>>(object);
+      if (at.size() != 2) throw std::invalid_argument("memory of a device: expected its address and its bytes");
+      target.memory = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(at[0]));
+      target.on_device = true;
+      sizes.push_back(at[1]);
     } else if (py::isinstance<py::int_>(object)) {  // nowhere, a file of this size
       target.nowhere = true;
       sizes.push_back(py::cast<std::int64_t>(object));
@@ -90,19 +119,24 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
 }
 
 std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t tensors, std::size_t units,
-                                         const py::list& inputs, const py::list& outputs, int threads,
-                                         std::size_t slot_bytes, const std::optional<std::string>& isa) {
+                                         std::size_t variants, std::int32_t own_input, const py::list& inputs,
+                                         const py::list& outputs, int threads, std::size_t slot_bytes,
+                                         const std::optional<std::string>& isa, const py::object& stage) {
   auto bound = std::make_unique<BoundEngine>();
   std::vector<std::int64_t> sizes;
   std::vector<io::Input> sources = inputs_of(inputs, *bound);
   std::vector<io::Target> targets = targets_of(outputs, *bound, sizes);
   const auto column = [&](const char* name) { return py::cast<py::buffer>(columns[name]); };
+  if (variants < 1 || variants > 1u << 16) throw std::invalid_argument("variants: expected at least one");
+  const std::size_t more = variants - 1;  // alphas behind the first of each term
   io::Work work;
+  work.variants = variants;
+  work.own_input = own_input;
   work.spans = rows_of<io::Span>(column("spans"), "spans");
-  work.terms = rows_of<io::TermRef>(column("terms"), "terms");
+  work.terms = rows_of<io::TermRef>(column("terms"), "terms", more, work.term_alphas);
   work.tensors = tensors;
   work.regions = rows_of<io::Region>(column("regions"), "regions");
-  work.region_terms = rows_of<io::RegionTerm>(column("region_terms"), "region_terms");
+  work.region_terms = rows_of<io::RegionTerm>(column("region_terms"), "region_terms", more, work.region_alphas);
   work.views = rows_of<io::View>(column("views"), "views");
   work.recipes = rows_of<io::RecipeRow>(column("recipes"), "recipes");
   work.extents = rows_of<io::Extent>(column("extents"), "extents");
@@ -111,6 +145,7 @@ std::unique_ptr<BoundEngine> make_engine(const py::dict& columns, std::size_t te
   options.threads = threads;
   options.slot_bytes = slot_bytes;
   options.isa = isa_of(isa);
+  options.stage = stage_of(stage, options.isa);
   bound->engine = std::make_unique<io::Engine>(std::move(work), std::move(sources), std::move(targets), sizes, options);
   return bound;
 }
@@ -154,6 +189,8 @@ void translate(std::exception_ptr error) {
     py::object value = type(e.what());
     value.attr("errno") = e.code() ? py::object(py::int_(e.code())) : py::object(py::none());
     PyErr_SetObject(type.ptr(), value.ptr());
+  } catch (const StageError& e) {
+    PyErr_SetString(py::module_::import("paramdelta.errors").attr("DeviceError").ptr(), e.what());
   }
 }
 
@@ -184,7 +221,8 @@ void bind_engine(py::module_& module) {
       py::arg("path"), py::arg("how") = "");
   py::class_<BoundEngine>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("columns"), py::arg("tensors"), py::arg("units"),
-           py::arg("inputs"), py::arg("outputs"), py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"))
+           py::arg("variants") = 1, py::arg("own_input") = -1, py::arg("inputs"), py::arg("outputs"),
+           py::arg("threads"), py::arg("slot_bytes"), py::arg("isa"), py::arg("stage") = py::none())
       .def("start", [](BoundEngine& self) { self.engine->start(); })
       .def("stop", [](BoundEngine& self) { self.engine->stop(); })
       .def(

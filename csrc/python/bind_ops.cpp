@@ -30,8 +30,6 @@ DType dtype_of(int code) {
   return static_cast<DType>(code);
 }
 
-Operand operand_of(Address address, int code) { return {reinterpret_cast<const void*>(address), dtype_of(code)}; }
-
 std::tuple<std::uint64_t, std::uint64_t, std::uint64_t> merge(OperandTuple new_base,
                                                               const std::vector<TermTuple>& terms, OperandTuple out,
                                                               std::size_t count, bool streamed, int threads,
@@ -68,6 +66,10 @@ std::tuple<double, double, double, double> norms(OperandTuple post, OperandTuple
 }
 
 }  // namespace
+
+Operand operand_of(std::uintptr_t address, int code) {
+  return {reinterpret_cast<const void*>(address), dtype_of(code)};
+}
 
 cpu::Isa isa_of(const std::optional<std::string>& name) {
   if (!name) return cpu::best_isa();

@@ -1,13 +1,14 @@
 """Where kernels run: a registry of backends, each imported only when asked for, each able to say why it cannot run.
 
 ``names()`` lists them all, ``available()`` those that run here, ``why_not(name)`` gives the reason for any
-other, and ``get(name).capabilities()`` what a backend supports. All compute the same bits; they differ in
-where the memory is.
+other, and ``get(name).capabilities()`` what a backend supports. ``choose`` picks the one for an operation. All
+compute the same bits; they differ in where the memory is.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
@@ -15,7 +16,10 @@ from typing import NamedTuple, Protocol, cast
 from paramdelta.dtypes import DType
 from paramdelta.errors import BackendError
 
-_MODULES = {"cpu": "paramdelta.backends.cpu"}
+# In the order of preference among those that take the same memory.
+_MODULES = {"cpu": "paramdelta.backends.cpu", "cuda": "paramdelta.backends.cuda"}
+
+VARIABLE = "PARAMDELTA_BACKEND"
 
 
 class Operand(NamedTuple):
@@ -65,31 +69,36 @@ class Capabilities:
     """What a backend supports.
 
     ``devices`` are the torch device types whose memory it takes, ``inputs`` and ``outputs`` the dtypes,
-    ``variants`` the instruction sets or architectures present here, slowest first, ``norms`` whether it
-    computes them.
+    ``variants`` the instruction sets or architectures present here, slowest first, ``operations`` what it
+    computes: ``merge``, ``norms``, ``merge_scaled``, and ``foreach``, merges of many tensors at once.
     """
 
     devices: tuple[str, ...]
     inputs: tuple[DType, ...]
     outputs: tuple[DType, ...]
     variants: tuple[str, ...]
-    norms: bool
+    operations: tuple[str, ...]
+
+    def supports(
+        self, operation: str, *, device: str = "", inputs: Sequence[DType] = (), output: DType | None = None
+    ) -> bool:
+        """Return whether an operation runs on memory of a device, for these dtypes; what is not named is not asked."""
+        return (
+            operation in self.operations
+            and (not device or device in self.devices)
+            and all(dtype in self.inputs for dtype in inputs)
+            and (output is None or output in self.outputs)
+        )
 
 
 class Backend(Protocol):
-    """What a backend's module provides."""
+    """What every backend's module provides. How it is called depends on where its memory is: see the modules."""
 
     def why_not(self) -> str | None:
         """Return None where the backend runs, else the reason and the way out."""
 
     def capabilities(self) -> Capabilities:
         """Return what the backend supports on this machine."""
-
-    def merge(self, new_base: Operand, terms: Sequence[Term], out: Operand, count: int, *, threads: int) -> Counts:
-        """Write encode(new_base + Σ alpha · (post − base)) to ``out``, for ``count`` elements."""
-
-    def norms(self, post: Operand, base: Operand, new_base: Operand, count: int, *, threads: int) -> Norms:
-        """Return the norms of ``count`` elements, which are the whole tensor, as ``ops.norms`` defines them."""
 
 
 def names() -> tuple[str, ...]:
@@ -113,8 +122,40 @@ def get(name: str) -> Backend:
     """Return backend ``name``, or raise BackendError with the reason why it cannot run."""
     reason = why_not(name)
     if reason is not None:
-        raise BackendError(reason)
+        raise BackendError(f"backend {name}: {reason}" if name in _MODULES else reason)
     return _load(name)
+
+
+def choose(operation: str, *, device: str, name: str | None = None) -> str:
+    """Return the backend for an operation on memory of a torch device type: ``cpu``, ``cuda``.
+
+    ``name``, or else the environment variable PARAMDELTA_BACKEND, picks one; without them it is the first that
+    supports the operation there and runs. Raises BackendError, with every backend's reason, where there is none.
+    """
+    wanted = name or os.environ.get(VARIABLE)
+    if wanted:
+        if not get(wanted).capabilities().supports(operation, device=device):
+            source = f"backend '{wanted}'" if name else f"{VARIABLE}={wanted}"
+            raise BackendError(f"{source} has no {operation} on {device} memory; {_others(operation, device, wanted)}")
+        return wanted
+    for candidate in _MODULES:
+        if why_not(candidate) is None and _load(candidate).capabilities().supports(operation, device=device):
+            return candidate
+    raise BackendError(f"no backend has {operation} on {device} memory: {_others(operation, device)}")
+
+
+def _others(operation: str, device: str, but: str = "") -> str:
+    found = []
+    for name in _MODULES:
+        if name == but:
+            continue
+        reason = why_not(name)
+        if reason is None:
+            backend = _load(name).capabilities()
+            fits = backend.supports(operation, device=device)
+            reason = "has it" if fits else f"has {', '.join(backend.operations)} on {', '.join(backend.devices)} memory"
+        found.append(f"{name}: {reason}")
+    return "; ".join(found)
 
 
 def _load(name: str) -> Backend:

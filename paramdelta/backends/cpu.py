@@ -32,7 +32,7 @@ def capabilities() -> Capabilities:
         inputs=MERGE_DTYPES,
         outputs=MERGE_DTYPES,
         variants=tuple(_extension().available_isas()),
-        norms=True,
+        operations=("merge", "norms", "merge_scaled"),
     )
 
 

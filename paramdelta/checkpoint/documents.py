@@ -28,7 +28,7 @@ def read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str,
     """
     path, remedy = folder / name, ""
     try:
-        value = _parsed(_content(path))
+        value = _parsed(read_document(path))
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 (byte {error.start})"
     except json.JSONDecodeError as error:
@@ -45,8 +45,9 @@ def read_json(folder: Path, name: str, complaints: list[Complaint]) -> dict[str,
     return {}
 
 
-def _content(path: Path) -> bytes:
-    """Return what a file holds, once it is known to be a file and not too large."""
+def read_document(path: Path) -> bytes:
+    """Return what a file holds, once it is known to be a file and not too large. Raises OSError, and ValueError that
+    says why it is not taken."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
     try:
         status = os.fstat(fd)

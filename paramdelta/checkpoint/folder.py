@@ -83,17 +83,33 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """A short name: the folder's, or the repository's where the folder is a snapshot in a hub cache."""
+        return self._in_hub_cache[0] or self.path.resolve().name
+
+    @property
+    def revision(self) -> str:
+        """The commit where the folder is a snapshot in a hub cache, else empty."""
+        return self._in_hub_cache[1]
+
+    @property
+    def _in_hub_cache(self) -> tuple[str, str]:
+        """The repository and the commit of a snapshot in a hub cache, else two empty strings."""
         resolved = self.path.resolve()
-        if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
-            return resolved.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return resolved.name
+        repository = resolved.parent.parent.name
+        if resolved.parent.name != "snapshots" or not repository.startswith("models--"):
+            return "", ""
+        return repository.removeprefix("models--").replace("--", "/"), resolved.name
 
 
 def open_checkpoint(path: Path | str, *, role: str = "checkpoint") -> Checkpoint:
     """Read the headers, the index and the config of a folder.
 
-    ``role`` (post, base, new_base) names the folder in complaints. Raises CheckpointError with every complaint.
+    Text that names no folder may name a model on the Hub (:mod:`paramdelta.checkpoint.hub`). ``role`` (post, base,
+    new_base) names the folder in complaints. Raises CheckpointError with every complaint.
     """
+    if isinstance(path, str):
+        from paramdelta.checkpoint import hub
+
+        path = hub.located(path, role)
     folder = Path(path)
     _check_folder(folder, role)
     try:
@@ -152,7 +168,7 @@ def _check_folder(folder: Path, role: str) -> None:
         _fail(str(folder), f"{role} is a file; a checkpoint is a folder", f"name the folder: {folder.parent}")
     remedy = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        remedy = f"for a model on the Hub, download it first: hf download {folder} --local-dir {folder.name}"
+        remedy = f"a model on the Hub is named by text, {str(folder)!r}, not by a Path"
     _fail(str(folder), f"{role}: there is no such folder", remedy)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paramdelta import __version__
-from paramdelta.cli import deltas, options
+from paramdelta.cli import analysis, deltas, options, sweeps
 
 _EXAMPLES = """
 \b
@@ -19,7 +19,10 @@ Examples
   paramdelta merge ... --alpha 0.7 --alpha 'lm_head*=0'
   paramdelta merge --post Chat --base Base --post Maths --base Base \\
                    --alpha 1:0.8 --alpha 2:0.5 --new-base Base-v2 --out mixed
+  paramdelta merge ... --vocab align --tokenizer new-base
   paramdelta plan ...      the same, but only say what would happen
+  paramdelta merge --post org/model-chat --base org/model \\
+                   --new-base org/model-2@main --out merged      from the Hub
 \b
 Exit codes
   0 done    1 failed while running    2 bad input, nothing written
@@ -48,6 +51,14 @@ _FINALIZE_EXAMPLES = """
 Examples
   srun -n 64 paramdelta merge --post ... --out merged
   paramdelta finalize merged
+"""
+
+
+_INFO_EXAMPLES = """
+\b
+Examples
+  paramdelta info
+  paramdelta info --json
 """
 
 
@@ -131,6 +142,10 @@ def finalize(
     render.print_warnings(report.warnings)
     if not quiet:
         present.merge_report(report)
+
+
+cli.add_command(sweeps.sweep)
+cli.add_command(sweeps.interpolate)
 
 
 @cli.command(short_help="Say what a merge would do; write nothing.", epilog=_PLAN_EXAMPLES)
@@ -220,6 +235,23 @@ def verify(out: str, memory: str, as_json: bool, quiet: bool, **arguments: Any) 
         present.verify_report(report)
     if report.problems:
         raise click.exceptions.Exit(1)
+
+
+cli.add_command(analysis.analyze)
+
+
+@cli.command(short_help="Show which backends run here, and why others do not.", epilog=_INFO_EXAMPLES)
+@options.output
+def info(as_json: bool, quiet: bool) -> None:
+    """Show the version, the threads that a merge would use, and for each backend its instruction sets or
+    architectures, or why it cannot run here."""
+    from paramdelta.cli import info as facts
+
+    gathered = facts.gather()
+    if as_json:
+        click.echo(json.dumps(gathered, indent=2))
+    elif not quiet:
+        facts.show(gathered)
 
 
 @cli.command(short_help="Make, merge and verify three small checkpoints.")

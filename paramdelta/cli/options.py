@@ -3,6 +3,7 @@ Python's ``paramdelta.merge``: each option here is one keyword there."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ def _one_or_several(_: click.Context, __: click.Parameter, value: tuple[str, ...
     return list(value) if len(value) > 1 else next(iter(value), None)
 
 
-def inputs(*, required: bool) -> Callable[[F], F]:
+def inputs(*, required: bool, new_base_required: bool | None = None) -> Callable[[F], F]:
     """Add ``--post``, ``--base`` and ``--new-base``. The first two are lists where they are given more than once."""
 
     def wrap(function: F) -> F:
@@ -38,7 +39,8 @@ def inputs(*, required: bool) -> Callable[[F], F]:
                     callback=_one_or_several,
                     type=FOLDER,
                     metavar="DIR",
-                    help="The post-trained model. Give --post and --base once for each delta to add.",
+                    help="The post-trained model: a folder, or org/name[@revision] on the Hub. Give --post and --base "
+                    "once for each delta to add.",
                 ),
                 click.option(
                     "--base",
@@ -51,7 +53,7 @@ def inputs(*, required: bool) -> Callable[[F], F]:
                 ),
                 click.option(
                     "--new-base",
-                    required=required,
+                    required=required if new_base_required is None else new_base_required,
                     type=FOLDER,
                     metavar="DIR",
                     help="The base that is to get the post-training.",
@@ -81,11 +83,17 @@ def policies(function: F) -> F:
                 help="Write every float tensor as T: bf16, f16, f32, f64, f8_e4m3, f8_e5m2. Default: as in new_base.",
             ),
             *_selection("copied from new_base", "new-base", "post"),
-            *_vocabulary("post and new_base"),
+            *_vocabulary("post and new_base", aligned=True),
             *_formats(),
             *_shards("new_base"),
         ],
     )
+
+
+def pairing(function: F) -> F:
+    """Add the options that decide which tensors are compared with which."""
+    roles = ("post", "base", "new-base")
+    return _apply(function, [*_globs("left out"), *_renames(*roles), _stacks(), _unscaled()])
 
 
 def policies_of_deltas(function: F) -> F:
@@ -103,8 +111,7 @@ def _selection(untouched: str, *donors: str) -> list[Callable[[F], F]]:
     several = len(donors) > 1
     roles = ("post", "base", "new-base") if several else ("post", "base")
     return [
-        click.option("--include", multiple=True, metavar="GLOB", help=f"Only what matches is not {untouched}."),
-        click.option("--exclude", multiple=True, metavar="GLOB", help=f"What matches is {untouched}."),
+        *_globs(untouched),
         click.option(
             "--copy-from",
             type=click.Choice(["error", *donors]),
@@ -114,36 +121,58 @@ def _selection(untouched: str, *donors: str) -> list[Callable[[F], F]]:
             if several
             else "new-base: zeros for what cannot be paired.",
         ),
-        *(
-            click.option(
-                f"--rename-{role}",
-                multiple=True,
-                metavar="REGEX=REPL",
-                help=f"Rename tensors of {role} before pairing (re.sub).",
-            )
-            for role in roles
-        ),
+        *_renames(*roles),
     ]
 
 
-def _vocabulary(larger: str) -> list[Callable[[F], F]]:
-    """Return the options about tensors whose shapes differ or do not tell."""
+def _globs(untouched: str) -> list[Callable[[F], F]]:
+    return [
+        click.option("--include", multiple=True, metavar="GLOB", help=f"Only what matches is not {untouched}."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help=f"What matches is {untouched}."),
+    ]
+
+
+def _renames(*roles: str) -> list[Callable[[F], F]]:
+    return [
+        click.option(
+            f"--rename-{role}",
+            multiple=True,
+            metavar="REGEX=REPL",
+            help=f"Rename tensors of {role} before pairing (re.sub).",
+        )
+        for role in roles
+    ]
+
+
+def _vocabulary(larger: str, *, aligned: bool = False) -> list[Callable[[F], F]]:
+    """Return the options about tensors whose shapes differ or do not tell; ``aligned``: rows can be paired by token."""
+    by_token = "; align: rows are paired by token, from the three tokenizer.json" if aligned else ""
+    tokenizer = click.option(
+        "--tokenizer",
+        type=click.Choice(["post", "new-base"]),
+        help="Whose tokenizer the output has under --vocab align (default: post).",
+    )
     return [
         click.option(
             "--vocab",
-            type=click.Choice(["error", "extend"]),
+            type=click.Choice(["error", "extend", *(["align"] if aligned else [])]),
             default="error",
             show_default=True,
-            help=f"Where vocabularies differ in size: an error, or as many rows as the larger of {larger}.",
+            help=f"Where vocabularies differ: an error; extend: as many rows as the larger of {larger}{by_token}.",
         ),
-        click.option(
-            "--stacks",
-            multiple=True,
-            metavar="ROLE=KIND",
-            help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
-            "interleaved (gate and up row by row).",
-        ),
+        *([tokenizer] if aligned else []),
+        _stacks(),
     ]
+
+
+def _stacks() -> Callable[[F], F]:
+    return click.option(
+        "--stacks",
+        multiple=True,
+        metavar="ROLE=KIND",
+        help="How a checkpoint stores stacked experts, where shapes do not tell: straight, transposed or "
+        "interleaved (gate and up row by row).",
+    )
 
 
 def _shards(followed: str) -> list[Callable[[F], F]]:
@@ -154,8 +183,12 @@ def _shards(followed: str) -> list[Callable[[F], F]]:
             metavar="SIZE",
             help=f"Split the output anew, e.g. 5GB. Default: the files of {followed}.",
         ),
-        click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers."),
+        _unscaled(),
     ]
+
+
+def _unscaled() -> Callable[[F], F]:
+    return click.option("--allow-unscaled", is_flag=True, help="Treat fp8 tensors without scales as plain numbers.")
 
 
 def _formats() -> list[Callable[[F], F]]:
@@ -194,12 +227,7 @@ def machine(function: F) -> F:
     return _apply(
         function,
         [
-            click.option(
-                "--threads",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
-            ),
+            _threads(),
             click.option(
                 "--memory",
                 metavar="SIZE",
@@ -207,20 +235,40 @@ def machine(function: F) -> F:
                 show_default=True,
                 help="Memory for buffers, e.g. 256MiB; auto: what the storage asks for, 2 to 128 MiB as a rule.",
             ),
-            click.option(
-                "--io",
-                type=click.Choice(["auto", "buffered", "direct"]),
-                default="auto",
-                show_default=True,
-                help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
-            ),
-            click.option(
-                "--isa",
-                type=click.Choice(["scalar", "avx2", "avx512"]),
-                help="Instruction set (default: the best here; same bytes).",
-            ),
+            *_paths(),
         ],
     )
+
+
+def threads_and_paths(function: F) -> F:
+    """Add the options of a pass that reads and writes nothing."""
+    return _apply(function, [_threads(), *_paths()])
+
+
+def _threads() -> Callable[[F], F]:
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Workers (default: all allowed CPUs, 16 where they wait for storage).",
+    )
+
+
+def _paths() -> list[Callable[[F], F]]:
+    return [
+        click.option(
+            "--io",
+            type=click.Choice(["auto", "buffered", "direct"]),
+            default="auto",
+            show_default=True,
+            help="Reach files through the page cache or past it (O_DIRECT); auto: file by file, measured.",
+        ),
+        click.option(
+            "--isa",
+            type=click.Choice(["scalar", "avx2", "avx512"]),
+            help="Instruction set (default: the best here; same bytes).",
+        ),
+    ]
 
 
 def ranks(function: F) -> F:
@@ -269,12 +317,31 @@ def cluster(function: F) -> F:
     )
 
 
+def _no_download_bars(_: click.Context, __: click.Parameter, value: bool) -> bool:
+    """Keep the Hub's progress bars away, too, unless the user has said what they want."""
+    if value:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return value
+
+
 def output(function: F) -> F:
     """Add ``--json`` and ``--quiet``, which every command that writes or reports has."""
     return _apply(
         function,
         [
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON document (docs/json.md) instead."),
-            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors and warnings."),
+            click.option(
+                "--json",
+                "as_json",
+                is_flag=True,
+                callback=_no_download_bars,
+                help="Print one JSON document (docs/json.md) instead.",
+            ),
+            click.option(
+                "--quiet",
+                "-q",
+                is_flag=True,
+                callback=_no_download_bars,
+                help="Print nothing but errors and warnings.",
+            ),
         ],
     )

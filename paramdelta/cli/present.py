@@ -19,18 +19,19 @@ from paramdelta.cli.render import (
     print_warnings,
     say,
 )
-from paramdelta.errors import Complaint, InputError, OperandError, escaped
+from paramdelta.errors import Complaint, InputError, OperandError, escaped, shown
 
 if TYPE_CHECKING:
     from paramdelta.engine import EngineOptions
     from paramdelta.forecast import Forecast, Speeds
     from paramdelta.plan import MergeRequest, Plan
-    from paramdelta.report import MergeReport, RankReport
+    from paramdelta.report import MergeReport, RankReport, SweepReport
     from paramdelta.verification import VerifyReport
 
 _PROBE_BYTES = 256 << 20
 _WORST_SHOWN = 5
 _RANKS_SHOWN = 64
+_TOKENS_SHOWN = 5
 
 
 def merge_inputs(
@@ -95,6 +96,7 @@ def merge_report(report: MergeReport) -> None:
         ),
         ("storage", "; ".join(f"{_files(ways)} {what}" for what, ways in report.io.items() if ways)),
     ]
+    rows += vocabulary_rows(report.policies)
     if report.resumed_bytes:
         rows.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
     rows += _lossless(report.policies)
@@ -105,6 +107,22 @@ def merge_report(report: MergeReport) -> None:
     print_table("merged", rows)
     if report.quantised:
         _quantised_table(report)
+
+
+def sweep_report(report: SweepReport) -> None:
+    """Print what closes a sweep."""
+    rows = [(str(one.out), human_bytes(one.bytes_written), tensor_summary(one.policies)) for one in report.folders]
+    print_columns("folders", ("folder", "written", "tensors"), rows)
+    moved = report.bytes_read + report.bytes_written
+    speed = human_bytes(moved / max(report.engine_seconds, 1e-9))
+    closing = [
+        ("moved", f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"),
+        ("passes", f"{report.passes:,} over the inputs"),
+        ("time", f"{human_seconds(report.seconds)}, {speed}/s"),
+    ]
+    if report.resumed_bytes:
+        closing.append(("continued", f"{human_bytes(report.resumed_bytes)} were there already, from an earlier run"))
+    print_table("swept", closing)
 
 
 _WAYS = {"cached": "in the page cache", "passing": "through the page cache", "direct": "past the page cache"}
@@ -146,6 +164,30 @@ def tensor_summary(policies: dict[str, Any]) -> str:
     return ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items() if n) or "none"
 
 
+def vocabulary_rows(policies: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows that say how tokens were paired, none where they were not: ``20 in all (3 moved)``."""
+    found = policies.get("vocabulary")
+    if found is None:
+        return []
+    rows = [("tokenizer", f"{found['tokenizer']}'s, {found['tokens']:,} tokens")]
+    for number, delta in enumerate(found["deltas"], 1):
+        parts = [f"{delta['in_all']:,} in all ({delta['moved']:,} moved)"]
+        for kind, group in delta.items():
+            if isinstance(group, dict) and group["count"]:
+                parts.append(f"{group['count']:,} {kind.replace('_', ' ')} ({_some(group)})")
+        rows.append(("tokens" if len(found["deltas"]) == 1 else f"tokens, delta {number}", ", ".join(parts)))
+    lost = [
+        f"{group['count']:,} of {role} ({_some(group)})" for role, group in found["left_out"].items() if group["count"]
+    ]
+    return [*rows, ("left out", ", ".join(lost))] if lost else rows
+
+
+def _some(group: dict[str, Any]) -> str:
+    """Return the first few of a group of tokens."""
+    listed = " ".join(shown(token) for token in group["tokens"][:_TOKENS_SHOWN])
+    return f"{listed} …" if group["count"] > _TOKENS_SHOWN else listed
+
+
 def plan(plan: Plan) -> None:
     """Print what a merge would do, and the least time it could take here."""
     rows = [
@@ -157,6 +199,7 @@ def plan(plan: Plan) -> None:
     if plan.policies.get("formats"):
         rows.append(("formats", _formats(plan.policies)))
     rows += _lossless(plan.policies)
+    rows += vocabulary_rows(plan.policies)
     bound = lower_bound(plan)
     if bound is not None:
         rows.append(("at least", bound))

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramdelta import JSON_VERSION
-from paramdelta.checkpoint import INDEX, Checkpoint, Quantisation, open_checkpoint
+from paramdelta.checkpoint import INDEX, Checkpoint, Quantisation, hub, open_checkpoint
 from paramdelta.checkpoint.signature import check_unchanged
 from paramdelta.dtypes import DTYPES, DType
-from paramdelta.errors import CheckpointError, Complaint, PlanError
+from paramdelta.errors import CheckpointError, Complaint, InputError, PlanError
 from paramdelta.formats import Format
 from paramdelta.plan import lossless
 from paramdelta.plan.choice import Stored, choose
@@ -41,7 +41,10 @@ from paramdelta.plan.request import ROLES, MergeRequest
 from paramdelta.plan.several import pair_all
 from paramdelta.plan.sidefiles import BASE_CONFIG, CARD, REBUILD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
+from paramdelta.plan.token_ids import GENERATION, TokenIds, token_ids
 from paramdelta.plan.turning import turn_stacks
+from paramdelta.plan.vocabulary import Alignment, settle, warnings_of
+from paramdelta.plan.vocabulary import describe as describe_alignment
 from paramdelta.plan.work import Work
 from paramdelta.plan.zeros import checked_kinds, is_delta, with_zeros
 
@@ -193,22 +196,23 @@ class Plan:
 
 
 def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
-    """Build a request as :meth:`MergeRequest.build` does. Where it is wrong, or ``wrong`` names what the caller found,
-    the folders are looked at too, so that one run shows everything. Raises PlanError."""
+    """Build a request as :meth:`MergeRequest.build` does; text that names no folder may name a model on the Hub, which
+    is fetched once the rest is right. Where it is wrong, or ``wrong`` names what the caller found, the folders are
+    looked at too, so that one run shows everything. Raises PlanError."""
     found = list(wrong)
+    remote = hub.identifiers(options)
     try:
         request = MergeRequest.build(**options)
-    except PlanError as error:
-        found += error.complaints
-    else:
         if not found:
-            return request
+            return MergeRequest.build(**hub.located_inputs(options)) if remote else request
+    except InputError as error:
+        found += error.complaints
     kept = ("post", "base", "new_base", "out", "overwrite", "kind")
     folders = {key: options[key] for key in kept if key in options}
     try:
         open_all(MergeRequest.build(**folders))
     except PlanError as error:
-        found += [c for c in error.complaints if c not in found]
+        found += [c for c in error.complaints if c not in found and c.subject not in remote]
     raise PlanError(found)
 
 
@@ -244,6 +248,8 @@ def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
     names = rename_all(request, checkpoints, quantisations, wrong)
     p, b, n = (names[role] for role in ("post", "base", "new_base"))
     pairing = pair_all(request, names, wrong)
+    alignment = settle(request, pairing, names, wrong)
+    ids = None if alignment is None else token_ids(alignment, checkpoints, wrong)
     stored = choose(request, pairing, p, b, n, wrong)
     turn_stacks(pairing, stored.formats, names)
     statistics = choose_statistics(request, pairing, stored, names, wrong)
@@ -261,14 +267,18 @@ def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
         post,
         base,
         new_base,
-        vocab_size=_vocab_size(pairing, n),
+        vocab_size=_vocab_size(pairing, n, None if alignment is None else checkpoints[alignment.role]),
         dtype=request.delta_dtype if request.kind == "extract" else request.dtype,
         quant_config=quant_config,
+        configs=None if ids is None else ids.configs,
     )
-    carried, left_out = carried_files(checkpoints)
+    carried, left_out = carried_files(checkpoints, "post" if alignment is None else alignment.role)
+    if ids is not None:
+        carried = [_with_ids(file, ids) for file in carried]
     policies = _policies(pairing, config, left_out, stored)
     if found is not None:
         policies["lossless"] = lossless.summary(layout, pairing, stored, found)
+    policies |= _vocabulary_policy(alignment, ids, pairing)
     made = [
         SideFile(name=CARD, source=None, data=model_card(request, checkpoints), origin="made"),
         SideFile(name=RECORD, source=None, data=record(request, checkpoints, policies), origin="made"),
@@ -289,7 +299,14 @@ def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
         layout=layout,
         side_files=(*carried, *made),
         policies=policies,
-        warnings=(*config.warnings, *_other_structures(checkpoints), *stored.notes, *notes, *_own_base(checkpoints)),
+        warnings=(
+            *config.warnings,
+            *_vocabulary_warnings(alignment, ids, pairing, checkpoints),
+            *_other_structures(checkpoints),
+            *stored.notes,
+            *notes,
+            *_own_base(checkpoints),
+        ),
     )
 
 
@@ -360,10 +377,11 @@ def _quant_file(quant_config: QuantConfig, new_base: Checkpoint) -> list[SideFil
 
 def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str], stored: Stored) -> dict[str, Any]:
     counts = {kind: sum(k == kind for k in pairing.kinds) for kind in Kind}
+    moved = sum(pairing.posts(i) == 0 for i in pairing.gathers)  # new_base's rows in another order
     return {
         "tensors": {
-            "merged": counts[Kind.MERGED] + counts[Kind.EXTENDED],
-            "copied_from_new_base": counts[Kind.FROM_NEW_BASE],
+            "merged": counts[Kind.MERGED] + counts[Kind.EXTENDED] - moved,
+            "copied_from_new_base": counts[Kind.FROM_NEW_BASE] + moved,
             "copied_from_post": counts[Kind.FROM_POST],
         },
         "formats": dict(Counter(f.name for f in stored.formats if f is not None)),
@@ -377,12 +395,34 @@ def _policies(pairing: Pairing, config: MergedConfig, left_out: list[str], store
     }
 
 
-def _vocab_size(pairing: Pairing, new_base: Names) -> int | None:
+def _with_ids(file: SideFile, ids: TokenIds) -> SideFile:
+    """Return a side file, the generation config with the output's ids."""
+    if file.name != GENERATION or ids.generation is None:
+        return file
+    return replace(file, source=None, data=ids.generation)
+
+
+def _vocabulary_policy(alignment: Alignment | None, ids: TokenIds | None, pairing: Pairing) -> dict[str, Any]:
+    if alignment is None or ids is None:
+        return {}
+    return {"vocabulary": {**describe_alignment(alignment, pairing), "token_ids": ids.changed}}
+
+
+def _vocabulary_warnings(
+    alignment: Alignment | None, ids: TokenIds | None, pairing: Pairing, checkpoints: dict[str, Checkpoint]
+) -> Iterator[str]:
+    if alignment is not None and ids is not None:
+        yield from warnings_of(alignment, pairing, checkpoints)
+        yield from ids.warnings
+
+
+def _vocab_size(pairing: Pairing, new_base: Names, tokenizer: Checkpoint | None) -> int | None:
     """Return the number of tokens that the output's config must state, None where no tensor has other rows than
-    new_base's."""
+    new_base's. ``tokenizer`` is the checkpoint whose tokens the rows are, where they were paired by token."""
     grown = [
         shape[0]
         for kind, shape, row in zip(pairing.kinds, pairing.shapes, pairing.new_base, strict=True)
         if kind == Kind.EXTENDED and shape != new_base.shape(row)
     ]
-    return max(grown, default=None)
+    stated = None if tokenizer is None else tokenizer.text_config.get("vocab_size")
+    return stated if grown and isinstance(stated, int) else max(grown, default=None)

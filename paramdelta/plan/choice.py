@@ -197,7 +197,7 @@ class _Chooser:
         if not self.pairing.names[i].endswith(".weight") and template.rows != template.cols:
             return f"{name} (a stack that may be stored transposed, and scales along its rows)"
         if self.pairing.kinds[i] == Kind.EXTENDED:
-            return f"{name} (its vocabulary is extended)"
+            return f"{name} (its rows are paired one by one)"
         if not self.number(i):
             return f"{name} (it holds no numbers that can be quantised)"
         group = template.cols if template.rows == 1 and template.cols > 1 else 8 // template.bits

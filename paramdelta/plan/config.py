@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,23 +55,26 @@ def merge_config(
     vocab_size: int | None,
     dtype: DType | None,
     quant_config: QuantConfig,
+    configs: Mapping[str, dict[str, Any]] | None = None,
 ) -> MergedConfig:
     """Return new_base's config.json, byte for byte unless a field must change.
 
     A field about use that post changed against base is taken from post where new_base still has base's value. Other
     fields that post changed are warned of. ``vocab_size``, ``dtype`` and the quantisation config are set where the
-    output's tensors require it.
+    output's tensors require it. ``configs`` are what to take for the configs of post, base and new_base where they
+    speak of tokens by other ids than the output's.
     """
     path = new_base.path / "config.json"
     if not path.is_file():
         return MergedConfig(
             data=None, taken=(), moved=(), warnings=("new_base has no config.json, so the output has none",)
         )
-    merged = copy.deepcopy(new_base.config)
+    configs = configs or {c.role: c.config for c in (post, base, new_base)}
+    merged = copy.deepcopy(configs["new_base"])
     taken: list[str] = []
     moved: list[str] = []
     warnings: list[str] = []
-    p, b, n = (_aligned(c.config, new_base.config) for c in (post, base, new_base))
+    p, b, n = (_aligned(configs[role], new_base.config) for role in ("post", "base", "new_base"))
     _merge_level(p, b, n, merged, "", taken, moved, warnings)
     text = merged.get("text_config") if isinstance(merged.get("text_config"), dict) else merged
     assert isinstance(text, dict)

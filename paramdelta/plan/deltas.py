@@ -13,7 +13,7 @@ from paramdelta.errors import Complaint, shown
 
 Folders = str | Path | Sequence[str | Path]  # one, or one for each delta
 
-_OF_ONE = re.compile(r"([1-9]\d{0,3}):(.*)", re.ASCII | re.DOTALL)
+OF_ONE = re.compile(r"([1-9]\d{0,3}):(.*)", re.ASCII | re.DOTALL)  # what is for one delta
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ def read_sources(post: Any, base: Any, alpha: Any, alphas: Sequence[str], wrong:
     return sources
 
 
+def count_deltas(post: Any) -> int:
+    """Return how many deltas there are, by their posts: one at least."""
+    return max(len(_folders(post)), 1)
+
+
 def _folders(value: Any) -> list[Path]:
     return [Path(v) for v in value] if isinstance(value, (list, tuple)) else [Path(value)]
 
@@ -101,14 +106,14 @@ def _rules(alpha: Any, pairs: int, wrong: list[Complaint]) -> list[Numbered]:
     if isinstance(alpha, str) and "=" in alpha:
         glob, _, value = alpha.rpartition("=")
         return _rule(glob, value, pairs, wrong)
-    of_one = _OF_ONE.fullmatch(alpha) if isinstance(alpha, str) else None
+    of_one = OF_ONE.fullmatch(alpha) if isinstance(alpha, str) else None
     if of_one is not None:
         return _rule(f"{of_one[1]}:*", of_one[2], pairs, wrong)
     return _rule("*", alpha, pairs, wrong)
 
 
 def _rule(glob: str, value: Any, pairs: int, wrong: list[Complaint]) -> list[Numbered]:
-    pair, of_one = None, _OF_ONE.fullmatch(glob)
+    pair, of_one = None, OF_ONE.fullmatch(glob)
     if of_one is not None:
         pair, glob = int(of_one[1]) - 1, of_one[2]
         if pair >= pairs:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta.checkpoint import SINGLE, Checkpoint, TensorTable
+from paramdelta.checkpoint import SINGLE, Checkpoint
 from paramdelta.checkpoint.header import format_header
-from paramdelta.dtypes import BY_NAME, DTYPES, DType
+from paramdelta.dtypes import BY_NAME, DTYPES
 from paramdelta.errors import PlanError
 from paramdelta.plan.choice import Stored
 from paramdelta.plan.deltas import roles_of
+from paramdelta.plan.gathers import Place, gathered_spans
 from paramdelta.plan.naming import Names
 from paramdelta.plan.outputs import Making, Outputs, make_outputs
 from paramdelta.plan.pairing import NONE, Kind, Pairing
@@ -98,13 +99,17 @@ def lay_out(
     if maker.wrong:
         raise PlanError(maker.wrong)
     spans, units, kept = _with_copies(spans, made.copies)
+    columns = made.columns(maker.views)
     work = Work(
         inputs=(*inputs, made.literals) if made.literals else inputs,
         outputs=tuple(zip(file_names, sizes, strict=True)),
         headers=tuple(headers),
         spans=spans,
         terms=terms,
-        **made.columns(maker.views),
+        regions=columns["regions"],
+        region_terms=columns["region_terms"],
+        views=columns["views"],
+        recipes=columns["recipes"],
         scale_tensors=np.array(made.scale_tensors, np.int64),
         extents=_extents(files, offsets, nbytes[order]),
         units=tuple(made.units),
@@ -303,52 +308,30 @@ def _place(target: Column, prefix: str, tables: Tables, role: str, rows: Column)
 def _with_extended(
     spans: Column, terms: Column, pairing: Pairing, tables: Tables, logical: Column, extended: Column
 ) -> tuple[Column, Column]:
-    """Replace the spans of tensors whose vocabularies differ by one span per run of rows that the same checkpoints
-    have: what post lacks has no delta, what base or new_base lack counts as zeros."""
-    extra_spans: list[Any] = []
-    extra_terms: list[Any] = []
-    for at in extended.tolist():
-        i = int(logical[spans["tensor"][at]])
-        deltas = pairing.deltas(i)
-        rows = {"new_base": pairing.new_base[i]}
-        for delta in deltas:
-            rows |= {delta.post_role: delta.post, delta.base_role: delta.base}
-        checkpoints = {role: tables.by_role[role].checkpoint.tensors for role in rows}
-        have = {role: checkpoints[role].shapes[row][0] for role, row in rows.items()}
-        width = math.prod(pairing.shapes[i][1:])
-        cuts = sorted({0, *have.values(), pairing.shapes[i][0]})
-        for first, last in itertools.pairwise(cuts):
-            if last > pairing.shapes[i][0]:
-                break
-            span = spans[at].copy()
-            out: DType = DTYPES[span["out_dtype"]]
-            span["out_offset"] += first * width * out.itemsize
-            span["count"] = (last - first) * width
-            _shift(span, "new", checkpoints["new_base"], rows["new_base"], first, width, have["new_base"])
-            there = [delta for delta in deltas if first < have[delta.post_role]]
-            if there:
-                span["first_term"], span["n_terms"] = len(terms) + len(extra_terms), len(there)
-            for delta in there:
-                term = np.zeros(1, TERM)
-                term["alpha"] = delta.alpha
-                for prefix, role in (("post", delta.post_role), ("base", delta.base_role)):
-                    _place(term, prefix, tables, role, np.array([rows[role]]))
-                    _shift(term, prefix, checkpoints[role], rows[role], first, width, have[role])
-                extra_terms.append(term)
-            extra_spans.append(span)
+    """Replace the spans of tensors that are merged row by row by one span per run of rows."""
+
+    def place(role: str, row: int) -> Place:
+        checkpoint = tables.by_role[role].checkpoint
+        table = checkpoint.tensors
+        if checkpoint.zeros:
+            return Place(_ZEROS, 0, table.dtype_of(row))
+        return Place(int(table.file[row]) + tables.first_files[role], int(table.offset[row]), table.dtype_of(row))
+
     keep = np.ones(len(spans), bool)
     keep[extended] = False
-    spans = np.concatenate([spans[keep], np.array(extra_spans, SPAN)])
-    terms = np.concatenate([terms, *extra_terms])
+    all_spans, all_terms, count = [spans[keep]], [terms], len(terms)
+    for at in extended.tolist():
+        i = int(logical[spans["tensor"][at]])
+        deltas = [
+            (d.number, d.alpha, place(d.post_role, d.post), place(d.base_role, d.base)) for d in pairing.deltas(i)
+        ]
+        new_base, width = place("new_base", pairing.new_base[i]), math.prod(pairing.shapes[i][1:])
+        own_spans, own_terms = gathered_spans(spans[at], pairing.gathers[i], width, new_base, deltas, count)
+        all_spans.append(own_spans)
+        all_terms.append(own_terms)
+        count += len(own_terms)
+    spans, terms = np.concatenate(all_spans), np.concatenate(all_terms)
     return spans[np.lexsort((spans["out_offset"], spans["out_file"]))], terms
-
-
-def _shift(target: Any, prefix: str, table: TensorTable, row: int, first: int, width: int, have: int) -> None:
-    """Move an operand to row ``first`` of its tensor, or to zeros where the tensor has no such row."""
-    if first >= have:
-        target[f"{prefix}_file"], target[f"{prefix}_offset"] = _ZEROS, 0
-    else:
-        target[f"{prefix}_offset"] += first * width * table.dtype_of(row).itemsize
 
 
 def _index(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from paramdelta.plan import Plan
 
 SAMPLED_TENSORS = 8
+CLOSER = 0.6  # ‖post − new_base‖² / ‖post − base‖², below which post looks like a child of new_base
 _MOST_COMPARED_BYTES = 16 << 20
 
 
@@ -54,21 +55,21 @@ def _order_warning(work: Work, posts: range) -> str | None:
     return judge_order(post_base, math.inf if extracted else post_new, base_square)
 
 
-def judge_order(post_base: float, post_new: float, base: float) -> str | None:
-    """Return a warning from sampled squared norms ‖post − base‖², ‖post − new_base‖² and ‖base‖², or None."""
+def judge_order(
+    post_base: float, post_new: float, base: float, where: str = "in a sample of the weights"
+) -> str | None:
+    """Return a warning from squared norms ‖post − base‖², ‖post − new_base‖² and ‖base‖², summed up ``where`` it says,
+    or None."""
     if post_base == 0.0:
-        return "post and base are equal in a sample of the weights: the result may be new_base itself"
-    if post_new < 0.6 * post_base:
+        return f"post and base are equal {where}: the result may be new_base itself"
+    if post_new < CLOSER * post_base:
         return (
             "post lies much nearer to new_base than to base "
-            f"(‖post − new_base‖ is {100 * (post_new / post_base) ** 0.5:.0f} % of ‖post − base‖ in a sample): "
+            f"(‖post − new_base‖ is {100 * (post_new / post_base) ** 0.5:.0f} % of ‖post − base‖ {where}): "
             "is the order of the operands right? post should have been trained from base"
         )
     if post_base > base:
-        return (
-            "post − base is larger than base itself in a sample of the weights: "
-            "post does not look as if it was trained from base"
-        )
+        return f"post − base is larger than base itself {where}: post does not look as if it was trained from base"
     return None
 
 

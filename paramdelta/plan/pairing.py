@@ -6,6 +6,7 @@ Headers are the truth: no list of known architectures is consulted, so no tensor
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,10 +14,15 @@ from typing import NamedTuple
 from paramdelta.errors import Complaint, shown
 from paramdelta.plan.bridges import Ambiguous, Piece, Slice, Structure, bridge, parts_of, turned
 from paramdelta.plan.deltas import roles_of
+from paramdelta.plan.gathers import Gather
 from paramdelta.plan.naming import EMBEDDINGS, Names, is_head
 from paramdelta.plan.problems import Problems, by_role, complaints
 from paramdelta.plan.request import ROLES, MergeRequest, matcher
 
+# Tables with a row for each token, by name: input embeddings, per-layer ones too, output embeddings and their biases.
+_ROWS_OF_TOKENS = re.compile(
+    r"(^|\.)(embed_tokens\w*|wte|word_embeddings|embed_in|tok_embeddings)\.weight$|(^|\.)(lm_head|embed_out)\.(weight|bias)$"
+)
 NONE = -1  # a row that a checkpoint does not have
 # Types whose tensors are tables and masks: new_base's are kept. Other types without arithmetic may hold weights.
 _INTEGERS = frozenset(("bool", "u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"))
@@ -26,7 +32,7 @@ class Kind(enum.IntEnum):
     """What happens to an output tensor."""
 
     MERGED = 0
-    EXTENDED = 1  # merged, with rows that one of the three lacks
+    EXTENDED = 1  # merged row by row: rows lie elsewhere, or nowhere, in some of the three
     FROM_NEW_BASE = 2
     FROM_POST = 3
 
@@ -73,6 +79,8 @@ class Pairing:
         default_factory=dict
     )  # of tensors whose parts lie elsewhere in post or base
     more: list[Further] = field(default_factory=list)
+    gathers: dict[int, Gather] = field(default_factory=dict)  # of extended tensors: which rows go together
+    aligned: list[int] = field(default_factory=list)  # tensors whose rows were paired by token
 
     def add(
         self, name: str, kind: Kind, shape: tuple[int, ...], new: int, post: int, base: int, alpha: float = 0.0
@@ -91,6 +99,10 @@ class Pairing:
         if self.kinds[i] in (Kind.FROM_NEW_BASE, Kind.FROM_POST):
             return False
         return self.alphas[i] != 0.0 or any(further.alphas[i] != 0.0 for further in self.more)
+
+    def posts(self, i: int) -> int:
+        """Return how many deltas a tensor was paired for, whatever their alphas."""
+        return sum(rows[i] != NONE for rows in (self.post, *(further.post for further in self.more)))
 
     def deltas(self, i: int) -> list[Delta]:
         """Return what is added to a tensor, in order."""
@@ -143,11 +155,9 @@ class _Pairer:
 
     def pair(self, name: str, row: int) -> None:
         """Decide what happens to one tensor of new_base."""
-        shape = self.new_base.shape(row)
         post, base = self.find(self.post, name), self.find(self.base, name)
         if self.left_alone(name):
-            self.converted(self.new_base, name, row)
-            self.result.add(name, Kind.FROM_NEW_BASE, shape, row, NONE, NONE)
+            self.from_new_base(name, row)
             for role in ("post", "base"):  # its parts there are left alone with it
                 self.bridged_rows[role] |= parts_of(self.structures["new_base"], row, self.structures[role])
             return
@@ -234,6 +244,8 @@ class _Pairer:
         if pieces is not None:
             self.result.bridges[len(self.result.names)] = pieces
             self.result.add(name, Kind.MERGED, shapes[2], row, post, base, alpha)
+        elif self.request.vocab == "align" and _same_but_rows(shapes) and self.is_token_table(name, shapes):
+            self.result.add(name, Kind.EXTENDED, shapes[2], row, post, base, alpha)  # its rows: plan/vocabulary.py
         elif shapes[0] == shapes[1] == shapes[2]:
             self.result.add(name, Kind.MERGED, shapes[2], row, post, base, alpha)
         elif _same_but_rows(shapes) and self.is_vocabulary(name, shapes):
@@ -261,6 +273,27 @@ class _Pairer:
         sizes = [n.checkpoint.text_config.get("vocab_size") for n in (self.post, self.base, self.new_base)]
         return sizes == [shape[0] for shape in shapes]
 
+    def is_token_table(self, name: str, shapes: list[tuple[int, ...]]) -> bool:
+        """Whether rows are tokens that another tokenizer would put elsewhere. Sizes tell that only where vocab_size is
+        no other size of the same config: the rows of a square matrix must not be moved."""
+        if _ROWS_OF_TOKENS.search(name):
+            return True
+        configs = [n.checkpoint.text_config for n in (self.post, self.base, self.new_base)][-len(shapes) :]
+        for config, shape in zip(configs, shapes, strict=True):
+            sizes = [v for v in config.values() if isinstance(v, int) and not isinstance(v, bool)]
+            size = config.get("vocab_size")
+            if not shape or shape[0] != size or sizes.count(size) > 1:
+                return False
+        return True
+
+    def from_new_base(self, name: str, row: int) -> None:
+        """Take new_base's tensor; where rows are paired by token, its rows in the order of the output's tokens."""
+        self.converted(self.new_base, name, row)
+        shape = self.new_base.shape(row)
+        by_token = self.request.vocab == "align" and self.is_token_table(name, [shape])
+        kind = Kind.EXTENDED if by_token else Kind.FROM_NEW_BASE
+        self.result.add(name, kind, shape, row, NONE, NONE)
+
     def unpaired(self, name: str, row: int, post: int, lacking: list[str]) -> None:
         if self.request.copy_from == "error":
             for role in lacking:
@@ -272,13 +305,18 @@ class _Pairer:
         """Take a tensor that cannot be merged from the donor."""
         self.result.unpaired.append(name)
         if self.request.copy_from == "new-base":
-            self.converted(self.new_base, name, row)
-            self.result.add(name, Kind.FROM_NEW_BASE, self.new_base.shape(row), row, NONE, NONE)
+            self.from_new_base(name, row)
         elif post == NONE:
             self.problems.no_donor.append(name)
         else:
             self.converted(self.post, name, post)
+            self.copied_tokens(name, self.post.shape(post))
             self.result.add(name, Kind.FROM_POST, self.post.shape(post), NONE, post, NONE)
+
+    def copied_tokens(self, name: str, shape: tuple[int, ...]) -> None:
+        """Note what is copied from post and has rows in the order of post's tokens, where new_base's are wanted."""
+        if self.request.vocab == "align" and self.request.tokenizer != "post" and _ROWS_OF_TOKENS.search(name):
+            self.problems.other_tokens.append(f"{shown(name)}: {list(shape)} in post")
 
     def leftovers(self) -> None:
         """Account for names that new_base lacks. The output keeps new_base's own names, from before any rename."""
@@ -295,6 +333,7 @@ class _Pairer:
                     self.problems.taken.append(name)
                 elif names.role == "post" and self.request.copy_from == "post":
                     self.converted(names, name, row)
+                    self.copied_tokens(name, names.shape(row))
                     self.result.unpaired.append(name)
                     self.result.add(name, Kind.FROM_POST, names.shape(row), NONE, row, NONE)
                 else:

@@ -19,6 +19,7 @@ class Problems:
     shapes: list[str] = field(default_factory=list)
     vocab: list[str] = field(default_factory=list)
     quantised_vocab: list[str] = field(default_factory=list)
+    other_tokens: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     no_donor: list[str] = field(default_factory=list)
     taken: list[str] = field(default_factory=list)
@@ -76,7 +77,8 @@ def complaints(problems: Problems, request: MergeRequest, names: dict[str, Names
             Complaint(
                 "vocabulary",
                 f"{len(problems.vocab):,} tensors differ in their number of tokens:{_listing(problems.vocab)}",
-                "--vocab extend gives the output as many rows as the larger of post and new_base",
+                "--vocab extend gives the output as many rows as the larger of post and new_base; "
+                "--vocab align pairs rows by token, where tokenizers give tokens other ids",
             )
         )
     if problems.quantised_vocab:
@@ -86,6 +88,15 @@ def complaints(problems: Problems, request: MergeRequest, names: dict[str, Names
                 "rows of quantised tensors cannot be added one by one, because they share scales:"
                 f"{_listing(problems.quantised_vocab)}",
                 "dequantise these checkpoints first, or --exclude GLOB copies them from new_base",
+            )
+        )
+    if problems.other_tokens:
+        found.append(
+            Complaint(
+                "--copy-from post",
+                f"would copy rows in the order of post's tokens, but the output has new_base's tokenizer:"
+                f"{_listing(problems.other_tokens)}",
+                "--tokenizer post, or --copy-from new-base",
             )
         )
     if problems.kinds:

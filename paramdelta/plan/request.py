@@ -20,7 +20,8 @@ ROLES = ("post", "base", "new_base")
 KINDS = ("merge", "extract", "apply", "rebuild")
 STACKINGS = ("straight", "transposed", "interleaved")
 COPY_FROM = ("error", "new-base", "post")
-VOCAB = ("error", "extend")
+VOCAB = ("error", "extend", "align")
+TOKENIZERS = ("post", "new-base")
 PLAIN_FORMATS = ("bf16", "f16", "f32")
 FORMATS = ("like-post", *PLAIN_FORMATS, "fp8-block", "fp8-channel", "fp8-tensor", "mxfp8", "mxfp4", "nvfp4", "int4")
 SCALE_POLICIES = ("keep", "recompute")
@@ -65,6 +66,7 @@ class MergeRequest:
     rename_base: tuple[Rename, ...] = ()
     rename_new_base: tuple[Rename, ...] = ()
     vocab: str = "error"
+    tokenizer: str | None = None
     dtype: DType | None = None
     stacks: tuple[tuple[str, str], ...] = ()
     format: str | None = None
@@ -99,6 +101,7 @@ class MergeRequest:
         rename_base: str | Sequence[str | tuple[str, str]] = (),
         rename_new_base: str | Sequence[str | tuple[str, str]] = (),
         vocab: str = "error",
+        tokenizer: str | None = None,
         dtype: str | DType | None = None,
         stacks: str | Sequence[str] = (),
         format: str | None = None,
@@ -142,6 +145,7 @@ class MergeRequest:
             rename_base=_renames("--rename-base", rename_base, wrong),
             rename_new_base=_renames("--rename-new-base", rename_new_base, wrong),
             vocab=_choice("--vocab", vocab, VOCAB, wrong),
+            tokenizer=_tokenizer(vocab, tokenizer, wrong),
             dtype=_dtype(dtype, wrong),
             stacks=_stacks(_strings(stacks), wrong),
             format=None if format is None else _choice("--format", format, FORMATS, wrong),
@@ -217,6 +221,7 @@ class MergeRequest:
             "copy_from": self.copy_from,
             **{f"rename_{role}": [[r.pattern, r.replacement] for r in self.renames(role)] for role in ROLES},
             "vocab": self.vocab,
+            "tokenizer": self.tokenizer,
             "dtype": None if self.dtype is None else self.dtype.name,
             "stacks": [f"{role}={kind}" for role, kind in self.stacks],
             "format": self.format,
@@ -278,6 +283,15 @@ def _choice(option: str, value: str, choices: Sequence[str], wrong: list[Complai
     if value not in choices:
         wrong.append(Complaint(option, f"expected one of {', '.join(choices)}, got {shown(repr(value))}"))
     return value
+
+
+def _tokenizer(vocab: str, tokenizer: str | None, wrong: list[Complaint]) -> str | None:
+    """Return whose tokenizer the output is to have, None where rows are not paired by token."""
+    if vocab != "align" and tokenizer is not None:
+        text = f"{shown(tokenizer)} chooses among tokenizers that give tokens other ids"
+        wrong.append(Complaint("--tokenizer", text, "--vocab align pairs rows by token"))
+        return None
+    return _choice("--tokenizer", tokenizer or "post", TOKENIZERS, wrong) if vocab == "align" else None
 
 
 def _dtype(value: str | DType | None, wrong: list[Complaint]) -> DType | None:
@@ -362,6 +376,9 @@ def _kind_complaints(request: MergeRequest) -> list[Complaint]:
                 "--copy-from", "post: a delta is no weight that could be copied", "--copy-from new-base, or error"
             )
         )
+    if request.kind != "merge" and request.vocab == "align":
+        text = "align needs the tokenizers of post, base and new_base, and a delta comes with post's alone"
+        found.append(Complaint("--vocab", text, "paramdelta merge pairs rows by token"))
     if request.kind == "rebuild":
         bare = MergeRequest(post=request.post, base=None, new_base=None, out=None, kind="rebuild").to_dict()
         given = [name for name, value in request.to_dict().items() if value != bare[name]]

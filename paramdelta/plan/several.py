@@ -32,7 +32,9 @@ def pair_all(request: MergeRequest, names: dict[str, Names], wrong: list[Complai
         if request.more:
             found = [replace(c, subject=f"delta {number + 1}: {c.subject}") for c in found]
         wrong += found
-    result = pairings[0] if len(pairings) == 1 else _Joiner(names, pairings, wrong).run()
+    result = (
+        pairings[0] if len(pairings) == 1 else _Joiner(names, pairings, wrong, by_token=request.vocab == "align").run()
+    )
     wrong += _unmatched_globs(request, names)
     if (
         request.rename_new_base or new_base.checkpoint.zeros
@@ -45,8 +47,10 @@ def pair_all(request: MergeRequest, names: dict[str, Names], wrong: list[Complai
 class _Joiner:
     """Adds the pairings of further deltas to that of the first."""
 
-    def __init__(self, names: dict[str, Names], pairings: list[Pairing], wrong: list[Complaint]) -> None:
-        self.names, self.wrong = names, wrong
+    def __init__(
+        self, names: dict[str, Names], pairings: list[Pairing], wrong: list[Complaint], *, by_token: bool
+    ) -> None:
+        self.names, self.wrong, self.by_token = names, wrong, by_token
         self.result, self.others = pairings[0], pairings[1:]
         self.numbers = [{name: j for j, name in enumerate(p.names)} for p in self.others]
         self.replaced: list[str] = []
@@ -91,7 +95,8 @@ class _Joiner:
         result.kinds[i] = Kind.EXTENDED if Kind.EXTENDED in kinds else Kind.MERGED
         result.shapes[i] = max(shapes)  # they differ in rows alone
         bridged = any(p is not None for p in pieces.values())
-        if result.kinds[i] == Kind.EXTENDED and (bridged or self.is_quantised(i)):
+        by_number = result.kinds[i] == Kind.EXTENDED and not self.by_token
+        if by_number and (bridged or self.is_quantised(i)):
             self.quantised.append(name)
         elif bridged:
             self.bridge(i, pieces)

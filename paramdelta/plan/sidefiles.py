@@ -56,10 +56,11 @@ class SideFile:
     origin: str
 
 
-def carried_files(checkpoints: Mapping[str, Checkpoint]) -> tuple[list[SideFile], list[str]]:
+def carried_files(checkpoints: Mapping[str, Checkpoint], tokenizer: str = "post") -> tuple[list[SideFile], list[str]]:
     """Return the files carried over from post and new_base, and the names of those left out.
 
-    Tokenizer, chat template and generation config come from post (from new_base where post has none); custom code
+    Tokenizer, chat template and generation config come from post (from new_base where post has none, and where
+    ``tokenizer`` is the role of new_base, the generation config left aside); custom code
     from new_base; licences from both, post's under ``NAME.post`` where its text differs. Of the posts of further
     deltas only licences are carried, as ``NAME.post_2`` and so on.
     """
@@ -74,8 +75,9 @@ def carried_files(checkpoints: Mapping[str, Checkpoint]) -> tuple[list[SideFile]
             files.setdefault(name, SideFile(name=name, source=checkpoint.path / name, data=None, origin=origin))
         return bool(names)
 
-    if not carry(post, _TOKENIZER):
-        carry(new_base, _TOKENIZER)
+    first, other = (new_base, post) if tokenizer == "new_base" else (post, new_base)
+    if not carry(first, _TOKENIZER):
+        carry(other, _TOKENIZER)
     for pattern in _USE:
         if not carry(post, (pattern,)):
             carry(new_base, (pattern,))
@@ -111,7 +113,11 @@ def record(request: MergeRequest, checkpoints: Mapping[str, Checkpoint], policie
         "arithmetic": "binary64, one rounding to the output type, nearest even",
         "request": request.to_dict(),
         "inputs": {
-            role: {"name": c.label, "files": [fingerprint(f, sampled=request.kind == "extract") for f in c.files]}
+            role: {
+                "name": c.label,
+                **({"revision": c.revision} if c.revision else {}),
+                "files": [fingerprint(f, sampled=request.kind == "extract") for f in c.files],
+            }
             for role, c in checkpoints.items()
             if not c.zeros
         },
@@ -174,8 +180,8 @@ def model_card(request: MergeRequest, checkpoints: Mapping[str, Checkpoint]) -> 
         f"# {new_base.label} with the post-training of {post.label}",
         "",
         f"The weights are `{new_base.label} + alpha · ({post.label} − {base.label})` with alpha = {scale}, computed in",
-        "binary64 and rounded once. Tokenizer, chat template and generation config are those of",
-        f"{post.label}. `{RECORD}` says in detail what was done; `paramdelta verify` checks it.",
+        f"binary64 and rounded once. {_tokenizer_of(request, post.label, new_base.label)}",
+        f"`{RECORD}` says in detail what was done; `paramdelta verify` checks it.",
         "",
         "The method is ParamΔ ([arXiv 2504.21023](https://arxiv.org/abs/2504.21023)). Licences and terms of all three",
         "models apply.",
@@ -257,7 +263,8 @@ def _card_of_several(request: MergeRequest, checkpoints: Mapping[str, Checkpoint
             for (post, base), source in zip(pairs, request.sources, strict=True)
         ),
         "",
-        f"Tokenizer, chat template and generation config are those of {posts[0]}. `{RECORD}` says in detail what was",
+        _tokenizer_of(request, posts[0], new_base.label),
+        f"`{RECORD}` says in detail what was",
         "done; `paramdelta verify` checks it.",
         "",
         "The method is ParamΔ ([arXiv 2504.21023](https://arxiv.org/abs/2504.21023)). Licences and terms of all these",
@@ -265,6 +272,13 @@ def _card_of_several(request: MergeRequest, checkpoints: Mapping[str, Checkpoint
         "",
     ]
     return "\n".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _tokenizer_of(request: MergeRequest, post: str, new_base: str) -> str:
+    """Return whose tokenizer and settings the output has, in words."""
+    if request.tokenizer == "new-base":
+        return f"Tokenizer and chat template are those of {new_base}, the generation config is that of {post}."
+    return f"Tokenizer, chat template and generation config are those of {post}."
 
 
 def _scale(source: Source) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paramdelta.dtypes import BF16, DTYPES, F32, DType
+from paramdelta.dtypes import BF16, BY_NAME, DTYPES, F32, DType
 from paramdelta.formats import CODEC_BITS, CODECS, RULES, Recipe
 
 # Layouts are those of csrc/io/work.hpp; the extension checks the item sizes and the bounds.
@@ -199,6 +199,11 @@ class Work:
     for an untouched unit; regions with a unit are the choice for a touched one.
 
     ``extents`` say, in order of (file, begin), where the tensors lie whose checksums are wanted.
+
+    Work may have ``variants``: the same with other alphas, each written to files of its own, from operands that are
+    read once. The columns of terms have the alphas of those behind the first in a field ``more``. In results, tensor t
+    of variant v has the number v · T + t, unit u the number v · U + u, and in what the engine writes to, output file f
+    the number v · F + f. ``own_input`` is the first of as many inputs of which each variant reads its own: literals.
     """
 
     inputs: tuple[Path | bytearray, ...]
@@ -215,6 +220,17 @@ class Work:
     units: tuple[SharedScale, ...] = ()
     span_units: NDArray[np.int64] | None = None
     span_kept: NDArray[np.bool_] | None = None
+    variants: int = 1
+    own_input: int = -1
+
+    def with_variants(self, alphas: NDArray[np.float64], region_alphas: NDArray[np.float64]) -> Work:
+        """Return the work with as many more variants as there are columns: row t has the alphas of term t."""
+        return replace(
+            self,
+            terms=_with_more(self.terms, alphas),
+            region_terms=_with_more(self.region_terms, region_alphas),
+            variants=1 + alphas.shape[1],
+        )
 
     def bytes_read(self) -> int:
         """Return the bytes that carrying the work out reads; regions that are measured first count twice."""
@@ -240,6 +256,12 @@ class Work:
             np.add.at(of_regions, several, times[several] * read)
         return of_spans, of_regions
 
+    def reading(self, file: int, offset: int, count: int) -> Work:
+        """Return work that reads ``count`` bytes of one of the inputs into an output of that size, as one tensor."""
+        byte = BY_NAME["u8"].code
+        span = np.array([(0, count, offset, 0, 0, 0, 0, 0, byte, byte, b"")], SPAN)
+        return Work(inputs=(self.inputs[file],), outputs=(("", count),), headers=(), spans=span, terms=no_rows(TERM))
+
     def _view_bytes(self, regions: Rows, numbers: NDArray[Any]) -> NDArray[np.int64]:
         """Return the bytes of codes and scales that regions read of views."""
         views = self.views[numbers]
@@ -264,19 +286,22 @@ class Work:
         return replace(self, spans=self.spans[:0], regions=chosen, outputs=(), headers=(), extents=self.extents[:0])
 
     def settled(self, measured: Sequence[tuple[float, bool]]) -> Work:
-        """Return the work that is left when every unit's (amax, touched) is known."""
+        """Return the work that is left when every unit's (amax, touched) is known, those of all variants in turn. Which
+        units are touched is the same in each: it depends on the deltas, not on their alphas."""
         if not self.units:
             return self
         literals = self.inputs[-1]
         assert isinstance(literals, bytearray)
+        each = [literals, *(bytearray(literals) for _ in range(1, self.variants))]
         kept = np.zeros(len(self.units) + 1, bool)  # the last: of what waits for no unit
-        for number, (unit, (amax, touched)) in enumerate(zip(self.units, measured, strict=True)):
-            kept[number] = unit.kept and not touched
-            value = unit.value(amax)
-            literals[unit.value_at : unit.value_at + 4] = value.tobytes()
-            for at in unit.stored_at:
-                stored = value.tobytes() if unit.dtype == F32 else value.tobytes()[2:]
-                literals[at : at + len(stored)] = stored
+        count = len(self.units)
+        for number, (amax, touched) in enumerate(measured):
+            variant, unit = number // count, self.units[number % count]
+            keeps = unit.kept and not touched
+            if variant and keeps != kept[number % count]:
+                raise AssertionError(f"unit {number % count}: touched in some variants only")
+            kept[number % count] = keeps
+            _store(unit, unit.value(amax), each[variant])
         assert self.span_units is not None
         assert self.span_kept is not None
         chosen = (self.span_units < 0) | (kept[self.span_units] == self.span_kept)
@@ -289,7 +314,28 @@ class Work:
             units=(),
             span_units=None,
             span_kept=None,
+            inputs=(*self.inputs[:-1], *each),
+            own_input=len(self.inputs) - 1,
         )
+
+
+def _with_more(terms: Rows, alphas: NDArray[np.float64]) -> Rows:
+    """Return the terms with the alphas of more variants beside their own."""
+    if not alphas.shape[1]:
+        return terms
+    made = np.zeros(len(terms), np.dtype([*terms.dtype.descr, ("more", "<f8", (alphas.shape[1],))]))
+    for name in terms.dtype.names or ():
+        made[name] = terms[name]
+    made["more"] = alphas
+    return made
+
+
+def _store(unit: SharedScale, value: Any, literals: bytearray) -> None:
+    """Write a unit's scale to where it is read from."""
+    literals[unit.value_at : unit.value_at + 4] = value.tobytes()
+    for at in unit.stored_at:
+        stored = value.tobytes() if unit.dtype == F32 else value.tobytes()[2:]
+        literals[at : at + len(stored)] = stored
 
 
 def _within(counts: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -52,8 +52,8 @@ def run(
     on_output: Callable[[bytes], None] | None,
     on_start: Callable[[int], None],
 ) -> Ended:
-    """Run a command to its end; its output is added to ``log``. ``lock`` is a descriptor for it to inherit; ``on_start``
-    gets its number.
+    """Run a command to its end; its output is added to ``log``. ``lock`` is a descriptor for it to inherit, and
+    ``on_start`` gets its number.
 
     A signal that tells this process to stop is passed on to the command's group, and the command waited for: it may
     have to save something. A second one becomes SIGTERM there, a third SIGKILL. Raises StorageError where the command

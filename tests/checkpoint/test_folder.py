@@ -281,9 +281,9 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    error = refusal("Qwen/Qwen3-8B")
+    error = refusal(Path("Qwen/Qwen3-8B"))
     assert "post: there is no such folder" in str(error)
-    assert error.complaints[0].remedy.endswith("hf download Qwen/Qwen3-8B --local-dir Qwen3-8B")
+    assert error.complaints[0].remedy == "a model on the Hub is named by text, 'Qwen/Qwen3-8B', not by a Path"
     assert refusal(tmp_path / "absent").complaints[0].remedy == ""
     for odd in ("x" * 300, "a\0b"):
         assert len(refusal(tmp_path / odd).complaints) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_calls
 import pytest
 
 from paramdelta import backends
@@ -12,17 +13,24 @@ REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
-        present = backends.get("cpu").capabilities().variants
-        metafunc.parametrize(
-            "isa",
-            [
-                pytest.param(
-                    name,
-                    marks=()
-                    if name in present
-                    else pytest.mark.skip(reason=f"this machine does not run {name}: it runs {', '.join(present)}"),
-                )
-                for name in REQUIRED["cpu"]
-            ],
-        )
+    """``isa``: the CPU's instruction sets. ``kernels``: these, and the CUDA kernels on the host and on a device."""
+    for name in ("isa", "kernels"):
+        if name in metafunc.fixturenames:
+            reasons = cpu_variants() | (cuda_variants() if name == "kernels" else {})
+            metafunc.parametrize(
+                name,
+                [
+                    pytest.param(variant, marks=() if reason is None else pytest.mark.skip(reason=reason))
+                    for variant, reason in reasons.items()
+                ],
+            )
+
+
+def cpu_variants() -> dict[str, str | None]:
+    present = backends.get("cpu").capabilities().variants
+    lacks = "this machine does not run {}: it runs " + ", ".join(present)
+    return {name: None if name in present else lacks.format(name) for name in REQUIRED["cpu"]}
+
+
+def cuda_variants() -> dict[str, str | None]:
+    return {name: cuda_calls.why_not(name) for name in cuda_calls.KERNELS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import cuda_calls
 import numpy as np
 
 from paramdelta import backends, reference
@@ -29,25 +30,28 @@ def run(
     terms: Sequence[reference.Term],
     dtype: DType,
     *,
-    isa: str,
+    kernels: str,
     threads: int = 1,
     streamed: bool = False,
     out: Codes | None = None,
     count: int | None = None,
 ) -> reference.Merged:
-    """Merge with the kernels. ``out`` may be given to choose its place in memory."""
+    """Merge with ``kernels``: an instruction set of the CPU, or one of ``cuda_calls.KERNELS``, which know neither
+    threads nor ways to store. ``out`` may be given to choose its place in memory."""
     if count is None:
         assert new_base.codes is not None
         count = new_base.codes.size
     if out is None:
         out = np.full(count, 0x55, reference.code_type(dtype))
+    if kernels in cuda_calls.KERNELS:
+        return reference.Merged(out, *cuda_calls.merge(kernels, new_base, terms, dtype, out, count))
     counts = cpu.merge(
         operand(new_base),
         [backends.Term(operand(t.post), operand(t.base), t.alpha) for t in terms],
         backends.Operand(out.__array_interface__["data"][0], dtype),
         count,
         threads=threads,
-        isa=isa,
+        isa=kernels,
         streamed=streamed,
     )
     return reference.Merged(out, *counts)
@@ -82,14 +86,14 @@ def check(
     terms: Sequence[reference.Term],
     dtype: DType,
     *,
-    isa: str,
+    kernels: str,
     want: reference.Merged | None = None,
     **options: Any,
 ) -> None:
     """Merge with the kernels and compare with the reference."""
     if want is None:
         want = reference.merge(new_base, terms, dtype, options.get("count"))
-    equal(run(new_base, terms, dtype, isa=isa, **options), want, new_base, terms)
+    equal(run(new_base, terms, dtype, kernels=kernels, **options), want, new_base, terms)
 
 
 def special(new_base: reference.Array, terms: Sequence[reference.Term], want: reference.Merged, dtype: DType) -> Mask:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import cuda_calls
 import numpy as np
 
 from paramdelta import _cpu, reference, reference_scaled
@@ -105,8 +107,14 @@ class Memory:
         return start, codec, pitch, scales
 
 
+# The arrays behind the addresses that Memory hands out.
+_ALIVE: weakref.WeakValueDictionary[int, np.ndarray[Any, Any]] = weakref.WeakValueDictionary()
+
+
 def address(array: np.ndarray[Any, Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+    start = int(array.__array_interface__["data"][0])
+    _ALIVE[start] = array
+    return start
 
 
 def recipe_tuple(recipe: Recipe, scale_dtype: str) -> Any:
@@ -134,7 +142,7 @@ def run(
     shape: tuple[int, int],
     output: Output,
     *,
-    isa: str,
+    kernels: str,
     keep: bool = False,
     threads: int = 1,
 ) -> Ran:
@@ -153,14 +161,16 @@ def run(
             grid = reference_scaled.grid_shape(shape, output.rows, output.cols)
             scales = np.full((grid[0], grid[1] + 3), 0x5A, f"u{BY_NAME[output.scale_dtype].bits // 8}")
             options["out_scales"] = (address(scales), scales.shape[1])
-    result = _cpu.merge_scaled(
+    written = [out] if scales is None else [out, scales]
+    result = call(
+        kernels,
+        written,
+        threads,
         new_base=new_base,
         terms=list(terms),
         rows=rows,
         cols=cols,
         out=(address(out), out.shape[1]),
-        isa=isa,
-        threads=threads,
         **options,
     )
     assert (out[:, width:] == 0x5A).all(), "bytes beyond a row were written"
@@ -174,12 +184,22 @@ def run(
     return Ran(codes, scales, result[:3], *result[3:])
 
 
+def call(
+    kernels: str, written: Sequence[np.ndarray[Any, Any]], threads: int, *, measure: bool = False, **job: Any
+) -> Any:
+    """Call the kernels: an instruction set of the CPU, or one of ``cuda_calls.KERNELS``, which know no threads."""
+    if kernels in cuda_calls.KERNELS:
+        return cuda_calls.merge_scaled(kernels, [*written, *_ALIVE.values()], written, measure=measure, **job)
+    function = _cpu.measure_scaled if measure else _cpu.merge_scaled
+    return function(isa=kernels, threads=threads, **job)
+
+
 def check(
     new_base: Scaled,
     terms: Sequence[ScaledTerm],
     output: Output,
     *,
-    isa: str,
+    kernels: str,
     keep: bool = False,
     threads: int = 1,
     want: Quantised | None = None,
@@ -192,7 +212,7 @@ def check(
         [(post.tuple, base.tuple, alpha) for post, base, alpha in pairs],
         new_base.codes.shape,  # type: ignore[arg-type]
         output,
-        isa=isa,
+        kernels=kernels,
         keep=keep,
         threads=threads,
     )

@@ -52,14 +52,14 @@ def crossed(dtype: DType):
 
 
 @pytest.mark.parametrize("dtype", LANES, ids=ids)
-def test_adversarial_products(isa: str, dtype: DType) -> None:
+def test_adversarial_products(kernels: str, dtype: DType) -> None:
     """Sorted, so that what the lane must get right by itself fills whole tiles."""
     new_base, terms, want = apart(*crossed(dtype))
-    check(new_base, terms, dtype, isa=isa, want=want)
+    check(new_base, terms, dtype, kernels=kernels, want=want)
 
 
 @pytest.mark.parametrize("dtype", LANES, ids=ids)
-def test_one_difficult_element_in_a_tile(isa: str, dtype: DType) -> None:
+def test_one_difficult_element_in_a_tile(kernels: str, dtype: DType) -> None:
     """Each must be noticed by itself, and send its tile to the lane that gets it right."""
     new_base, terms, want, mask = crossed(dtype)
     rng = np.random.default_rng(7)
@@ -72,7 +72,7 @@ def test_one_difficult_element_in_a_tile(isa: str, dtype: DType) -> None:
     for array, place in zip(triple, places, strict=True):
         array[at] = place.codes
     new, new_terms = one_term(*triple, dtype)
-    check(new, new_terms, dtype, isa=isa)
+    check(new, new_terms, dtype, kernels=kernels)
 
 
 @functools.cache
@@ -88,13 +88,13 @@ def sampled(dtype: DType, make: str):
 
 @pytest.mark.parametrize("make", ["weights", "clustered", "uniform"])
 @pytest.mark.parametrize("dtype", LANES, ids=ids)
-def test_random(isa: str, dtype: DType, make: str) -> None:
+def test_random(kernels: str, dtype: DType, make: str) -> None:
     new_base, terms, want = sampled(dtype, make)
-    check(new_base, terms, dtype, isa=isa, want=want)
+    check(new_base, terms, dtype, kernels=kernels, want=want)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=ids)
-def test_exponent_gaps(isa: str, dtype: DType) -> None:
+def test_exponent_gaps(kernels: str, dtype: DType) -> None:
     """Every gap between post and base, and between new_base and the delta, for mantissas that make ties."""
     form = reference.FORMATS[dtype.name]
     one = 1 << form.mantissa
@@ -108,7 +108,7 @@ def test_exponent_gaps(isa: str, dtype: DType) -> None:
     still, moves = (np.bitwise_or.outer(signs, x).reshape(-1) for x in (fixed, moving))
     for places in ((moves, still, moves[::7]), (still, moves, still), (moves, moves[::11], still)):
         new_base, terms = one_term(*cross(*places), dtype)
-        check(new_base, terms, dtype, isa=isa)
+        check(new_base, terms, dtype, kernels=kernels)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_exponent_gaps(isa: str, dtype: DType) -> None:
         ("f16", 0x7BFF, 0xFBFF, 0xFBFF, 0x7BFF),
     ],
 )
-def test_known_results(isa: str, dtype: str, post: int, base: int, new_base: int, want: int) -> None:
+def test_known_results(kernels: str, dtype: str, post: int, base: int, new_base: int, want: int) -> None:
     kind = BY_NAME[dtype]
     new, terms = one_term(*(np.full(640, x, "u2") for x in (post, base, new_base)), kind)
     assert reference.merge(new, terms, kind).codes[0] == want
-    check(new, terms, kind, isa=isa)
+    check(new, terms, kind, kernels=kernels)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scaled_check import Kind, Memory, check, output_id, outputs, recipe_tuple, run, stored, weights
+from scaled_check import Kind, Memory, call, check, output_id, outputs, recipe_tuple, run, stored, weights
 
-from paramdelta import _cpu, reference, reference_scaled
+from paramdelta import reference, reference_scaled
 from paramdelta.dtypes import F32
 from paramdelta.formats import RECIPES
 from paramdelta.reference_scaled import Output, Scaled, ScaledTerm
@@ -19,7 +19,7 @@ def plain(values: np.ndarray) -> Scaled:
 
 
 @pytest.mark.parametrize("output", QUANTISED, ids=output_id)
-def test_maxima_at_every_magnitude(isa: str, output: Output) -> None:
+def test_maxima_at_every_magnitude(kernels: str, output: Output) -> None:
     """Units whose largest value is on, or next to, a power of two, a multiple of the largest code, a rounding edge."""
     rng = np.random.default_rng(1)
     tops = np.exp2(np.arange(-149, 128).astype(np.float64))
@@ -30,13 +30,13 @@ def test_maxima_at_every_magnitude(isa: str, output: Output) -> None:
     tops = tops[np.isfinite(tops)]
     values = tops[:, None] * rng.uniform(-1, 1, (tops.size, 64)).astype(np.float32)
     values[np.arange(tops.size), rng.integers(0, 64, tops.size)] = tops
-    check(plain(values), [], output, isa=isa)
+    check(plain(values), [], output, kernels=kernels)
 
 
 @pytest.mark.parametrize(
     ("codec", "recipe"), [("f8_e4m3", "fp8-tensor"), ("f4", "mxfp4-compressed-tensors"), ("i4", "int4-f32")]
 )
-def test_codes_near_every_boundary(isa: str, codec: str, recipe: str) -> None:
+def test_codes_near_every_boundary(kernels: str, codec: str, recipe: str) -> None:
     """The middle of every two codes, and its neighbours; signed zeros; beyond the largest code."""
     every = {"f8_e4m3": np.arange(0x7F), "f4": np.arange(8), "i4": np.arange(16)}[codec].astype(np.uint8)
     low = np.sort(np.unique(reference_scaled.code_values(every, codec) - (8 if codec == "i4" else 0)))
@@ -49,11 +49,11 @@ def test_codes_near_every_boundary(isa: str, codec: str, recipe: str) -> None:
         scaled = (values * np.float32(given)).astype(np.float32)
         for reciprocal in (False, True):
             way = RECIPES[recipe].__class__(**{**RECIPES[recipe].__dict__, "reciprocal": reciprocal})
-            check(plain(scaled), [], Output(codec, way, 0, 0, "f32", given=given), isa=isa)
+            check(plain(scaled), [], Output(codec, way, 0, 0, "f32", given=given), kernels=kernels)
 
 
 @pytest.mark.parametrize("output", outputs(), ids=output_id)
-def test_nan_inf_and_overflow(isa: str, output: Output) -> None:
+def test_nan_inf_and_overflow(kernels: str, output: Output) -> None:
     """One value that is not finite among many: the literal path for its unit, and the same bits for all others."""
     rng = np.random.default_rng(2)
     for bad in (np.nan, np.inf, -np.inf, 3.5e38, -3.40282356e38, 3.395e38):
@@ -62,18 +62,18 @@ def test_nan_inf_and_overflow(isa: str, output: Output) -> None:
         other = rng.normal(0, 1, (140, 300))
         new_base = Scaled(values.view(np.uint64), "f64")
         post, base = plain(other), plain(other * rng.integers(0, 2, other.shape))
-        check(new_base, [ScaledTerm(post, base)], output, isa=isa)
+        check(new_base, [ScaledTerm(post, base)], output, kernels=kernels)
         with np.errstate(over="ignore"):
             small = plain(values)
-        check(small, [ScaledTerm(post, base)], output, isa=isa)
-        check(plain(other), [ScaledTerm(small, base)], output, isa=isa)
-        check(plain(other), [ScaledTerm(small, small)], output, isa=isa)
+        check(small, [ScaledTerm(post, base)], output, kernels=kernels)
+        check(plain(other), [ScaledTerm(small, base)], output, kernels=kernels)
+        check(plain(other), [ScaledTerm(small, small)], output, kernels=kernels)
 
 
 @pytest.mark.parametrize(
     "kind", [Kind("f8_e4m3", 32, 32, "f32"), Kind("f4", 1, 32, "f8_e8m0"), Kind("i4", 1, 32, "bf16")], ids=str
 )
-def test_scales_that_are_odd(isa: str, kind: Kind) -> None:
+def test_scales_that_are_odd(kernels: str, kind: Kind) -> None:
     """NaN, Inf, zero and subnormal scales in operands."""
     rng = np.random.default_rng(3)
     post, base, new_base = weights(rng, (64, 256), (kind, kind, kind), 0.5)
@@ -90,9 +90,9 @@ def test_scales_that_are_odd(isa: str, kind: Kind) -> None:
             scales[rng.integers(0, scales.shape[0], 2), rng.integers(0, scales.shape[1], 2)] = bits
             changed.append(matrix._replace(scales=scales))
         for output in (Output("f8_e4m3", RECIPES["deepgemm"], 32, 128, "f32"), Output("bf16")):
-            check(new_base, [ScaledTerm(changed[0], changed[1])], output, isa=isa)
-            check(changed[2], [ScaledTerm(post, base, 0.5)], output, isa=isa)
-            check(new_base, [ScaledTerm(changed[0], changed[0])], output, isa=isa)
+            check(new_base, [ScaledTerm(changed[0], changed[1])], output, kernels=kernels)
+            check(changed[2], [ScaledTerm(post, base, 0.5)], output, kernels=kernels)
+            check(new_base, [ScaledTerm(changed[0], changed[0])], output, kernels=kernels)
 
 
 @pytest.mark.parametrize("second", ["multiply", "divide"])
@@ -115,7 +115,7 @@ def test_second_scales_that_are_odd(isa: str, second: str) -> None:
 
 @pytest.mark.parametrize("output", QUANTISED, ids=output_id)
 @pytest.mark.parametrize("alpha", [1.0, 0.01, 8.0])
-def test_keep(isa: str, output: Output, alpha: float) -> None:
+def test_keep(kernels: str, output: Output, alpha: float) -> None:
     """Untouched units stay, scales that hold stay, all else is made afresh."""
     assert output.recipe is not None
     rng = np.random.default_rng(4)
@@ -128,13 +128,13 @@ def test_keep(isa: str, output: Output, alpha: float) -> None:
     post = base._replace(codes=codes)
     if second:
         output = output._replace(second=new_base.second)
-    check(new_base, [ScaledTerm(post, base, alpha)], output, isa=isa, keep=True)
-    check(new_base, [ScaledTerm(base, base, alpha)], output, isa=isa, keep=True)
-    check(new_base, [], output, isa=isa, keep=True)
+    check(new_base, [ScaledTerm(post, base, alpha)], output, kernels=kernels, keep=True)
+    check(new_base, [ScaledTerm(base, base, alpha)], output, kernels=kernels, keep=True)
+    check(new_base, [], output, kernels=kernels, keep=True)
 
 
 @pytest.mark.parametrize("output", [o for o in QUANTISED if o.rows == 128], ids=output_id)
-def test_powers_of_two_are_kept(isa: str, output: Output) -> None:
+def test_powers_of_two_are_kept(kernels: str, output: Output) -> None:
     rng = np.random.default_rng(5)
     values = rng.normal(0, 1, (260, 500)) * np.exp2(rng.integers(-4, 5, (260, 1)))
     kind = Kind("f8_e4m3", 128, 128, output.scale_dtype)
@@ -145,11 +145,11 @@ def test_powers_of_two_are_kept(isa: str, output: Output) -> None:
     for size in (0.001, 1.0, 30.0):
         delta = plain(rng.normal(0, size, values.shape))
         nothing = plain(np.zeros(values.shape))
-        check(new_base, [ScaledTerm(delta, nothing)], output, isa=isa, keep=True)
+        check(new_base, [ScaledTerm(delta, nothing)], output, kernels=kernels, keep=True)
 
 
 @pytest.mark.parametrize("output", QUANTISED, ids=output_id)
-def test_measure(isa: str, output: Output) -> None:
+def test_measure(kernels: str, output: Output) -> None:
     """What is measured is what a merge with its own scales reports, whatever the number of threads."""
     assert output.recipe is not None
     rng = np.random.default_rng(6)
@@ -161,14 +161,16 @@ def test_measure(isa: str, output: Output) -> None:
         memories = [Memory(m) for m in (first, base, new_base)]
         want = reference_scaled.merge_scaled(new_base, [ScaledTerm(first, base, 0.5)], output)
         for threads in (1, 2):
-            got = _cpu.measure_scaled(
+            got = call(
+                kernels,
+                [],
+                threads,
+                measure=True,
                 new_base=memories[2].tuple,
                 terms=[(memories[0].tuple, memories[1].tuple, 0.5)],
                 rows=300,
                 cols=700,
                 recipe=recipe_tuple(output.recipe, output.scale_dtype),
-                isa=isa,
-                threads=threads,
             )
             assert got[:5] == (want.nan, want.inf, want.overflow, want.touched, want.amax)
 
@@ -176,6 +178,6 @@ def test_measure(isa: str, output: Output) -> None:
 def test_what_binding_refuses() -> None:
     memory = Memory(plain(np.zeros((2, 2))))
     with pytest.raises(ValueError, match="powers of two"):
-        run(memory.tuple, [], (2, 2), Output("f8_e4m3", RECIPES["fp8-tensor"], 0, 0, "f8_e8m0"), isa="scalar")
+        run(memory.tuple, [], (2, 2), Output("f8_e4m3", RECIPES["fp8-tensor"], 0, 0, "f8_e8m0"), kernels="scalar")
     with pytest.raises(ValueError, match="no scale is of dtype"):
-        run(memory.tuple, [], (2, 2), Output("f8_e4m3", RECIPES["fp8-tensor"], 0, 0, "f8_e5m2"), isa="scalar")
+        run(memory.tuple, [], (2, 2), Output("f8_e4m3", RECIPES["fp8-tensor"], 0, 0, "f8_e5m2"), kernels="scalar")

@@ -17,19 +17,19 @@ def test_names_agree() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_every_codec_to_every_output(isa: str, kind: Kind) -> None:
+def test_every_codec_to_every_output(kernels: str, kind: Kind) -> None:
     for number, output in enumerate(outputs()):
         rng = np.random.default_rng([KINDS.index(kind), number])
         shape = (int(rng.integers(1, 140)), int(rng.integers(1, 600)))
         post, base, new_base = weights(rng, shape, (kind, kind, kind), 0.5)
         try:
-            check(new_base, [ScaledTerm(post, base)], output, isa=isa)
+            check(new_base, [ScaledTerm(post, base)], output, kernels=kernels)
         except AssertionError as error:
             raise AssertionError(f"{output_id(output)}, {shape}: {error}") from error
 
 
 @pytest.mark.parametrize("output", outputs(), ids=output_id)
-def test_mixed_operands_several_terms_any_alpha(isa: str, output: Output) -> None:
+def test_mixed_operands_several_terms_any_alpha(kernels: str, output: Output) -> None:
     rng = np.random.default_rng(11)
     for _ in range(4):
         kinds = [KINDS[int(k)] for k in rng.integers(0, len(KINDS), 5)]
@@ -40,12 +40,12 @@ def test_mixed_operands_several_terms_any_alpha(isa: str, output: Output) -> Non
             ScaledTerm(first[0], first[1], 0.7),
             ScaledTerm(second[0], second[1], float(rng.choice([-1.0, 0.0, 3.0]))),
         ]
-        check(first[2], terms, output, isa=isa)
-        check(first[2], [], output, isa=isa)
+        check(first[2], terms, output, kernels=kernels)
+        check(first[2], [], output, kernels=kernels)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.scale_dtype], ids=str)
-def test_regions_of_a_matrix(isa: str, kind: Kind) -> None:
+def test_regions_of_a_matrix(kernels: str, kind: Kind) -> None:
     """A region that starts inside units of its operands: by phases, as if each element had a scale of its own."""
     rng = np.random.default_rng(KINDS.index(kind))
     shape = (150, 700)
@@ -77,7 +77,7 @@ def test_regions_of_a_matrix(isa: str, kind: Kind) -> None:
         ):
             want = reference_scaled.merge_scaled(parts[2], [ScaledTerm(parts[0], parts[1], 0.5)], output)
             for threads in (1, 3):
-                got = run(new_base, [(post, base, 0.5)], (rows, cols), output, isa=isa, threads=threads)
+                got = run(new_base, [(post, base, 0.5)], (rows, cols), output, kernels=kernels, threads=threads)
                 equal(got, want, output)
 
 
@@ -85,18 +85,18 @@ def test_regions_of_a_matrix(isa: str, kind: Kind) -> None:
     "grid", [(0, 0), (1, 0), (0, 1), (128, 128), (2, 3), (7, 24), (1, 1), (1, 600), (40, 513), (3, 1000)]
 )
 @pytest.mark.parametrize("codec", ["f8_e4m3", "f4", "i4"])
-def test_any_grid(isa: str, grid: tuple[int, int], codec: str) -> None:
+def test_any_grid(kernels: str, grid: tuple[int, int], codec: str) -> None:
     rng = np.random.default_rng(5)
     recipe = RECIPES[{"f8_e4m3": "compressed-tensors-f32", "f4": "mxfp4-openai", "i4": "int4-f32"}[codec]]
     output = Output(codec, recipe, *grid, "f32")
     for shape in ((90, 1300), (1, 1), (200, 2), (3, 517)):
         kind = Kind(codec, *grid, "f32")
         post, base, new_base = weights(rng, shape, (kind, kind, Kind("bf16")), 0.5)
-        check(new_base, [ScaledTerm(post, base)], output, isa=isa)
-        check(post, [ScaledTerm(post, base, 0.25)], output, isa=isa, keep=True)
+        check(new_base, [ScaledTerm(post, base)], output, kernels=kernels)
+        check(post, [ScaledTerm(post, base, 0.25)], output, kernels=kernels, keep=True)
 
 
-def test_units_larger_than_scratch_memory(isa: str) -> None:
+def test_units_larger_than_scratch_memory(kernels: str) -> None:
     rng = np.random.default_rng(6)
     kind = Kind("f8_e4m3", 0, 0, "f32")
     for shape in ((300, 700), (2, 70000), (1100, 70)):
@@ -107,35 +107,35 @@ def test_units_larger_than_scratch_memory(isa: str) -> None:
         ):
             post, base, new_base = weights(rng, shape, (kind, kind, kind), 0.5)
             output = Output(recipe.codec, recipe, *grid, "f32")
-            check(new_base, [ScaledTerm(post, base)], output, isa=isa)
+            check(new_base, [ScaledTerm(post, base)], output, kernels=kernels)
             if recipe.codec == "i4":
                 new_base = stored(rng, Kind("i4", 0, 0, "f32"), reference_scaled.decode(new_base))
-                check(new_base, [ScaledTerm(post, base, 0.01)], output, isa=isa, keep=True)
+                check(new_base, [ScaledTerm(post, base, 0.01)], output, kernels=kernels, keep=True)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
 @pytest.mark.parametrize("grid", [(128, 128), (1, 0), (1, 32), (0, 0), (0, 1)])
-def test_threads(isa: str, threads: int, grid: tuple[int, int]) -> None:
+def test_threads(kernels: str, threads: int, grid: tuple[int, int]) -> None:
     rng = np.random.default_rng(7)
     kind = Kind("f8_e4m3", *grid, "f32")
     shape = (515, 1100)
     post, base, new_base = weights(rng, shape, (kind, kind, kind), 0.9)
     output = Output("f8_e4m3", RECIPES["deepgemm"], *grid, "f32")
-    check(new_base, [ScaledTerm(post, base)], output, isa=isa, threads=threads, keep=True)
-    check(new_base, [ScaledTerm(post, base)], Output("bf16"), isa=isa, threads=threads)
+    check(new_base, [ScaledTerm(post, base)], output, kernels=kernels, threads=threads, keep=True)
+    check(new_base, [ScaledTerm(post, base)], Output("bf16"), kernels=kernels, threads=threads)
 
 
 @pytest.mark.parametrize("codec", ["f8_e4m3", "f4", "i4"])
-def test_given_scale(isa: str, codec: str) -> None:
+def test_given_scale(kernels: str, codec: str) -> None:
     rng = np.random.default_rng(8)
     recipe = RECIPES[{"f8_e4m3": "fp8-tensor", "f4": "mxfp4-compressed-tensors", "i4": "int4-f32"}[codec]]
     post, base, new_base = weights(rng, (130, 700), (Kind("bf16"),) * 3)
     for given in (0.001, 1.0, 2.0**-60):
         output = Output(codec, recipe, 0, 0, "f32", given=float(np.float32(given)))
-        check(new_base, [ScaledTerm(post, base)], output, isa=isa)
+        check(new_base, [ScaledTerm(post, base)], output, kernels=kernels)
 
 
-def test_operands_of_zeros(isa: str) -> None:
+def test_operands_of_zeros(kernels: str) -> None:
     rng = np.random.default_rng(9)
     kind = Kind("f8_e4m3", 128, 128, "f32")
     post, base, new_base = weights(rng, (70, 300), (kind, kind, kind))
@@ -145,17 +145,17 @@ def test_operands_of_zeros(isa: str) -> None:
         chosen = [zeros if mask >> k & 1 else matrix for k, matrix in enumerate((post, base, new_base))]
         memories = [Memory(None if mask >> k & 1 else m) for k, m in enumerate(chosen)]
         want = reference_scaled.merge_scaled(chosen[2], [ScaledTerm(chosen[0], chosen[1], 0.5)], output)
-        got = run(memories[2].tuple, [(memories[0].tuple, memories[1].tuple, 0.5)], (70, 300), output, isa=isa)
+        got = run(memories[2].tuple, [(memories[0].tuple, memories[1].tuple, 0.5)], (70, 300), output, kernels=kernels)
         equal(got, want, output)
 
 
-def test_sums_of_errors(isa: str) -> None:
+def test_sums_of_errors(kernels: str) -> None:
     """Within a part in a thousand of what binary64 gives: they are for a report."""
     rng = np.random.default_rng(10)
     for output in (o for o in outputs() if o.recipe is not None and o.recipe.values == "f32"):
         post, base, new_base = weights(rng, (130, 600), (Kind("bf16"),) * 3)
         acc, _ = reference_scaled.accumulate(new_base, [ScaledTerm(post, base)])
-        got = check(new_base, [ScaledTerm(post, base)], output, isa=isa)
+        got = check(new_base, [ScaledTerm(post, base)], output, kernels=kernels)
         kind = {"nv_multiply": "multiply", "nv_divide": "divide"}.get(output.recipe.rule, "")
         assert got.scales is not None
         back = reference_scaled.decode(

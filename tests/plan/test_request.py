@@ -43,7 +43,7 @@ def test_sizes_refused(text: str) -> None:
         ("alpha", float("nan"), "--alpha: expected a finite number, got nan"),
         ("alphas", ["*=inf"], "--alpha: expected a finite number, got inf"),
         ("copy_from", "base", "--copy-from: expected one of error, new-base, post, got 'base'"),
-        ("vocab", "shrink", "--vocab: expected one of error, extend, got 'shrink'"),
+        ("vocab", "shrink", "--vocab: expected one of error, extend, align, got 'shrink'"),
         ("dtype", "int8", "--dtype: expected one of bf16, f16, f32"),
         ("dtype", "f8_e4m3", "--allow-unscaled"),
         ("max_shard_size", "huge", "--max-shard-size: expected a size such as 5GB"),

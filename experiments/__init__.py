@@ -1,0 +1,1 @@
+"""The papers' findings on small models trained here: pre-trained, fine-tuned, merged with paramdelta, scored."""

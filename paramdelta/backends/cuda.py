@@ -1,0 +1,114 @@
+"""The CUDA backend: the extension ``paramdelta._cuda``, kernels on device memory in the order of a stream.
+
+Nothing here allocates device memory, copies or waits: a call enqueues kernels and returns, so that a CUDA graph can
+capture it. Results of a call are in memory that the caller gives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from paramdelta.backends import Capabilities
+from paramdelta.dtypes import MERGE_DTYPES, DType
+
+BUILD = "PARAMDELTA_BUILD_CUDA=1 pip install -e ."
+
+
+class TermTypes(NamedTuple):
+    """The dtypes of one summand's operands, and its factor."""
+
+    post: DType
+    base: DType
+    alpha: float
+
+
+class Tensor(NamedTuple):
+    """Addresses of one tensor's operands in device memory, 0 for zeros: ``pairs`` holds post and base of each term.
+
+    ``counts`` are three 64-bit integers to which NaN, Inf and overflows are added.
+    """
+
+    new_base: int
+    pairs: tuple[int, ...]
+    out: int
+    elements: int
+    counts: int
+
+
+class Rates(NamedTuple):
+    """Bytes per second: to the device and back, measured while both go on; of operands merged there (bf16)."""
+
+    up: float
+    down: float
+    merge: float
+
+
+def why_not() -> str | None:
+    """Return None where the extension loads and finds a device, else the reason and the way out."""
+    try:
+        extension = _extension()
+    except ModuleNotFoundError:
+        return f"the extension paramdelta._cuda is not built; where nvcc is found, build it with: {BUILD}"
+    except ImportError as error:
+        return f"the extension paramdelta._cuda does not load ({error}); build it again with: {BUILD}"
+    reason: str = extension.why_not()
+    return f"{reason}; tensors on the CPU, and files, are merged without one" if reason else None
+
+
+def capabilities() -> Capabilities:
+    """Return what this backend supports: CUDA memory, every dtype with arithmetic, the architectures present."""
+    found = sorted({device["capability"] for device in _extension().devices()})
+    return Capabilities(
+        devices=("cuda",),
+        inputs=MERGE_DTYPES,
+        outputs=MERGE_DTYPES,
+        variants=tuple(f"sm_{major}{minor}" for major, minor in found),
+        operations=("merge", "foreach", "merge_scaled"),
+    )
+
+
+def merge(
+    new_base: DType, terms: Sequence[TermTypes], out: DType, tensors: Sequence[Tensor], *, device: int, stream: int
+) -> None:
+    """Enqueue out = encode(new_base + Σ alpha · (post − base)) for tensors of one signature, in as few launches as fit.
+
+    ``device`` is the ordinal of the device the memory is on, ``stream`` a cudaStream_t as a number. All memory must
+    stay valid until the stream has passed the call.
+    """
+    _extension().merge(
+        new_base=new_base.code,
+        terms=[(t.post.code, t.base.code, t.alpha) for t in terms],
+        out=out.code,
+        tensors=[tuple(t) for t in tensors],
+        device=device,
+        stream=stream,
+    )
+
+
+def merge_scaled(**job: Any) -> None:
+    """Enqueue a merge of matrices of codes and scales; keywords are those of ``_cuda.merge_scaled``."""
+    _extension().merge_scaled(**job)
+
+
+def workspace_bytes(**job: Any) -> int:
+    """Return how much device memory ``merge_scaled`` needs beside its operands, for the same keywords."""
+    size: int = _extension().workspace_bytes(**job)
+    return size
+
+
+def stage(device: int) -> Any:
+    """Return what the streaming engine is given to compute on a device (``EngineOptions.stage``). It keeps page-locked
+    memory, and as much of the device's, from one run to the next, and serves one run at a time."""
+    return _extension().stage(device)
+
+
+def rates(device: int) -> Rates:
+    """Measure a device and the link to it, for some ten milliseconds."""
+    return Rates(*_extension().rates(device))
+
+
+def _extension() -> ModuleType:
+    return importlib.import_module("paramdelta._cuda")

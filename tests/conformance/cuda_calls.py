@@ -1,0 +1,123 @@
+"""Calls of the CUDA kernels for the conformance suite: ``cuda`` on a device, ``cuda-host`` their bodies on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import cuda_on_host
+import numpy as np
+
+from paramdelta import backends, reference
+from paramdelta.dtypes import DType
+
+KERNELS = ("cuda-host", "cuda")
+
+
+def why_not(kernels: str) -> str | None:
+    """Return why these kernels cannot run here, or None."""
+    return cuda_on_host.why_not() if kernels == "cuda-host" else backends.why_not("cuda")
+
+
+def extension(kernels: str) -> ModuleType:
+    """Return the module of these kernels."""
+    if kernels == "cuda-host":
+        return cuda_on_host.module()
+    from paramdelta import _cuda
+
+    return _cuda  # type: ignore[no-any-return]
+
+
+class Memory:
+    """Arrays where the kernels see them. On a device each has a copy, as far behind a 64-byte boundary as itself."""
+
+    def __init__(self, kernels: str) -> None:
+        self.on_host = kernels == "cuda-host"
+        self._copies: dict[int, tuple[np.ndarray[Any, Any], Any]] = {}
+
+    def address(self, array: np.ndarray[Any, Any] | None) -> int:
+        """Return the address of an array's first element, 0 for None. Arrays at one address share their copy."""
+        if array is None:
+            return 0
+        here = int(array.__array_interface__["data"][0])
+        if self.on_host:
+            return here
+        import torch
+
+        if here not in self._copies:
+            data = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
+            room = torch.empty(data.numel() + 128, dtype=torch.uint8, device="cuda")
+            start = -room.data_ptr() % 64 + here % 64
+            copy = room[start : start + data.numel()]
+            copy.copy_(data)
+            self._copies[here] = (array, copy)
+        return int(self._copies[here][1].data_ptr())
+
+    def fetch(self, array: np.ndarray[Any, Any]) -> None:
+        """Bring back what the kernels wrote to an array."""
+        if not self.on_host:
+            copy = self._copies[int(array.__array_interface__["data"][0])][1]
+            array.reshape(-1).view(np.uint8)[...] = copy.cpu().numpy()
+
+
+def merge(
+    kernels: str,
+    new_base: reference.Array,
+    terms: Sequence[reference.Term],
+    dtype: DType,
+    out: np.ndarray[Any, Any],
+    count: int,
+) -> tuple[int, int, int]:
+    """Merge one tensor to ``out`` and return the counts."""
+    memory = Memory(kernels)
+    counts = np.zeros(3, np.uint64)
+    pairs = [memory.address(a.codes) for t in terms for a in (t.post, t.base)]
+    extension(kernels).merge(
+        new_base=new_base.dtype.code,
+        terms=[(t.post.dtype.code, t.base.dtype.code, t.alpha) for t in terms],
+        out=dtype.code,
+        tensors=[(memory.address(new_base.codes), pairs, memory.address(out), count, memory.address(counts))],
+        device=0,
+        stream=0,
+    )
+    memory.fetch(out)
+    memory.fetch(counts)
+    nan, inf, overflow = (int(n) for n in counts)
+    return nan, inf, overflow
+
+
+def merge_scaled(
+    kernels: str, arrays: Sequence[np.ndarray[Any, Any]], written: Sequence[np.ndarray[Any, Any]], **job: Any
+) -> tuple[int, int, int, bool, float, float, float]:
+    """Merge matrices and return what ``_cpu.merge_scaled`` does. ``arrays`` are all memory that addresses lie in."""
+    memory = Memory(kernels)
+    module = extension(kernels)
+
+    def moved(address: int) -> int:
+        for array in arrays:
+            start = int(array.__array_interface__["data"][0])
+            if start <= address < start + array.nbytes:
+                return memory.address(array) + address - start
+        assert address == 0 or memory.on_host
+        return address
+
+    def matrix(m: Any) -> Any:
+        scales = m[3] and (moved(m[3][0]), *m[3][1:9], moved(m[3][9]), m[3][10])
+        return (moved(m[0]), *m[1:3], scales)
+
+    job["new_base"] = matrix(job["new_base"])
+    job["terms"] = [(matrix(post), matrix(base), alpha) for post, base, alpha in job["terms"]]
+    places = {name: (moved(job[name][0]), job[name][1]) for name in ("out", "out_scales") if name in job}
+    rest = {name: value for name, value in job.items() if name not in places}
+    workspace = np.full(module.workspace_bytes(**rest) // 8 + 1, 0xA5A5A5A5, np.uint64)
+    totals = np.zeros(module.TOTALS_BYTES // 8, np.uint64)
+    module.merge_scaled(
+        **rest, **places, totals=memory.address(totals), workspace=memory.address(workspace), device=0, stream=0
+    )
+    for array in (*written, totals):
+        memory.fetch(array)
+    touched, amax = totals[3:4].view(np.uint32)
+    error, value = (float(x) for x in totals[4:].view(np.float64))
+    nan, inf, overflow = (int(n) for n in totals[:3])
+    return nan, inf, overflow, bool(touched), float(amax.view(np.float32)), error, value

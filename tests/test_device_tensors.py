@@ -1,0 +1,139 @@
+"""Merges of tensors where they are: what device_tensors enqueues, run by the CUDA kernels' bodies on the host."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paramdelta import backends, device_tensors, ops
+from paramdelta.backends import cuda
+from paramdelta.errors import BackendError, OperandError
+from paramdelta.tensors import read_operand
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+torch.set_num_threads(1)
+
+_SPEC = importlib.util.spec_from_file_location(
+    "cuda_on_host", Path(__file__).parent / "conformance" / "cuda_on_host.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+cuda_on_host = importlib.util.module_from_spec(_SPEC)
+sys.modules["cuda_on_host"] = cuda_on_host
+_SPEC.loader.exec_module(cuda_on_host)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = cuda_on_host.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(cuda, "_extension", cuda_on_host.module)
+
+
+def weights(seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bits(x: torch.Tensor) -> np.ndarray:
+    return (
+        x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).numpy()
+    )
+
+
+def enqueue(post, base, new_base, alpha=1.0, out=None, dtype=None):
+    new, *pair = (read_operand(n, x) for n, x in (("new_base", new_base), ("post", post), ("base", base)))
+    return device_tensors.merge(new, [(*pair, alpha)], out, dtype)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_same_bits_as_on_the_cpu(alpha: float) -> None:
+    post, base, new_base = (weights(k, 37, 129) for k in range(3))
+    post[3, 4] = float("nan")
+    out, counts = enqueue(post, base, new_base, alpha)
+    want = ops.merge(post, base, new_base, alpha=alpha)
+    assert (bits(out) == bits(want.out)).all()
+    assert counts == want.counts
+    assert (counts.nan, counts.inf, counts.overflow, counts.clean) == (1, 0, 0, False)
+
+
+def test_strides_and_outputs() -> None:
+    post, base, new_base = (weights(k, 64, 66).t()[::2, 1:] for k in range(3))
+    want = ops.merge(post, base, new_base).out
+    out = torch.zeros(66, 66, dtype=torch.bfloat16)[::2, :63]
+    assert enqueue(post, base, new_base, out=out)[0] is out
+    assert (bits(out) == bits(want)).all()
+    place = new_base.contiguous()
+    enqueue(post, base, place, out=place)
+    assert (bits(place) == bits(want)).all()
+
+
+def test_many_of_several_signatures() -> None:
+    rng = np.random.default_rng(0)
+    merges = []
+    for k in range(700):
+        dtype = (torch.bfloat16, torch.float32)[k % 2]
+        triple = [weights(3 * k + j, int(rng.integers(0, 40)), dtype=dtype) for j in range(1)]
+        triple += [weights(10_000 + 3 * k + j, triple[0].numel(), dtype=dtype) for j in range(2)]
+        post, base, new = (read_operand(n, x) for n, x in zip(("post", "base", "new_base"), triple, strict=True))
+        merges.append((new, [(post, base, 1.0 if k % 3 else 0.5)]))
+    merges[5][0].source[:1] = float("inf")
+    outs, counts = device_tensors.merge_many(merges, None, None)
+    assert counts.shape == (700, 3)
+    for k, (new, [(post, base, alpha)]) in enumerate(merges):
+        want = ops.merge(post.source, base.source, new.source, alpha=alpha)
+        assert (bits(outs[k]) == bits(want.out)).all(), k
+        assert tuple(counts[k].tolist()) == want.counts
+
+
+def test_refusals() -> None:
+    post, base, new_base = (weights(k, 8) for k in range(3))
+    with pytest.raises(OperandError, match=r"base: expected the shape"):
+        enqueue(post, base[:4], new_base)
+    with pytest.raises(OperandError, match="a NumPy array"):
+        enqueue(post, np.zeros(8, np.float32), new_base)
+    with pytest.raises(OperandError, match="overlaps new_base in part"):
+        enqueue(post[:4], base[:4], new_base[:4], out=new_base[2:6])
+    with pytest.raises(ValueError, match="at most 373 deltas"):
+        cuda.merge(
+            read_operand("x", post).dtype,
+            [cuda.TermTypes(read_operand("x", post).dtype, read_operand("x", base).dtype, 1.0)] * 374,
+            read_operand("x", post).dtype,
+            [
+                cuda.Tensor(
+                    post.data_ptr(), (post.data_ptr(), base.data_ptr()) * 374, new_base.data_ptr(), 8, post.data_ptr()
+                )
+            ],
+            device=0,
+            stream=0,
+        )
+
+
+def test_choice_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.names() == ("cpu", "cuda")
+    assert backends.choose("merge", device="cpu") == "cpu"
+    with pytest.raises(BackendError, match="backend 'cpu' has no merge on cuda memory"):
+        backends.choose("merge", device="cuda", name="cpu")
+    monkeypatch.setenv(backends.VARIABLE, "abacus")
+    with pytest.raises(BackendError, match="no backend 'abacus'"):
+        ops.merge(*(np.zeros(3, np.float32) for _ in range(3)))
+    monkeypatch.setenv(backends.VARIABLE, "cpu")
+    with pytest.raises(BackendError, match=r"PARAMDELTA_BACKEND=cpu has no merge on cuda memory"):
+        backends.choose("merge", device="cuda")
+    capabilities = backends.get("cpu").capabilities()
+    assert capabilities.supports("norms", device="cpu")
+    assert not capabilities.supports("foreach")
+    assert not capabilities.supports("merge", device="cuda")
+
+
+def test_many_on_the_cpu() -> None:
+    triples = [tuple(weights(3 * k + j, 20 + k) for j in range(3)) for k in range(5)]
+    got = ops.merge_many([(*t, 0.5) for t in triples])
+    for each, triple in zip(got, triples, strict=True):
+        assert (bits(each.out) == bits(ops.merge(*triple, alpha=0.5).out)).all()
+    with pytest.raises(OperandError, match="outs: expected one for each of 5"):
+        ops.merge_many(triples, outs=[])
