@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -101,16 +102,11 @@ def _lines_of_json(tokens: Iterator[tuple[str, int]], where: Where) -> Iterator[
                 key = json.loads(first)
                 next(tokens)  # the colon
             else:
-                tokens = _again((first, at), tokens)
+                tokens = itertools.chain([(first, at)], tokens)
         yield from _lines_of_json(tokens, (*where, key))
         number += 1
         if next(tokens)[0] in "]}":
             return
-
-
-def _again(first: tuple[str, int], tokens: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    yield first
-    yield from tokens
 
 
 def _yaml(path: Path, text: str) -> tuple[Any, dict[Where, int]]:

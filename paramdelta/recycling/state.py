@@ -221,20 +221,10 @@ def remove(path: Path) -> None:
                 each.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """See that a file or a folder is on disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def sync(folder: Path) -> None:
+    """See that the names in a folder are on disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def sync_all(folder: Path) -> None:
-    """See that a folder and everything in it is on disk, whoever wrote it."""
-    with storage_errors(folder, "cannot be synced"):
-        for path in folder.rglob("*"):
-            if path.is_dir() or path.is_file():
-                sync(path)
-        sync(folder)
-        sync(folder.parent)

@@ -16,9 +16,10 @@ from paramdelta.engine import EngineOptions
 from paramdelta.errors import CheckpointError, Complaint, InputError, ParamDeltaError, storage_errors
 from paramdelta.journal import Journal, differences, identity, listed, read_lines
 from paramdelta.merging import prepare, run_merge
+from paramdelta.publish import sync_files
 from paramdelta.recycling import training
 from paramdelta.recycling.plan import RecyclePlan, Version
-from paramdelta.recycling.state import State, fingerprint, now, remove, sync_all
+from paramdelta.recycling.state import State, fingerprint, now, remove, sync
 from paramdelta.recycling.survey import Surveyed, commit_of, family, first_delta
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class Steps:
             if ended.interrupted:
                 attempt["interrupted"] = True
             elif ended.exit_code == 0 and os.path.lexists(out):
-                sync_all(out)
+                sync_files(out)
+                sync(out.parent)
                 entry["command"]["finished"] = True
             self.state.write()
             if entry["command"]["finished"]:
