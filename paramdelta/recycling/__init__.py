@@ -111,6 +111,7 @@ def recycle(
     with state.locked():
         state.read()
         with state.command_lock("this recycling"):
+            state.forget_command()
             state.restart_from(first)
         steps = Steps(read, state, options, watcher)
         _check_same(steps, surveyed)

@@ -26,6 +26,7 @@ FOLDERS = ("starts", "outs", "deltas", "logs")
 _VERSION = 1
 _LOCK = "lock"
 _RUNNING = "running"
+_PART = f".{NAME}.part"
 _MIB = 1 << 20
 
 
@@ -64,7 +65,7 @@ class State:
     def read(self) -> None:
         """Take over what the file says. Raises InputError where the folder holds other things, or another document."""
         if not self.path.exists():
-            other = sorted(set(os.listdir(self.folder)) - {_LOCK}) if self.folder.is_dir() else []
+            other = sorted(set(os.listdir(self.folder)) - {_LOCK, _RUNNING, _PART}) if self.folder.is_dir() else []
             if other:
                 problem = f"holds {shown(other[0])} and no {NAME}: it is no folder of a recycling"
                 raise InputError(Complaint(str(self.folder), problem, "name another folder: --out DIR"))
@@ -91,7 +92,7 @@ class State:
             "versions": self.versions,
         }
         text = json.dumps(document, indent=2)
-        beside = self.folder / f".{NAME}.part"
+        beside = self.folder / _PART
         with storage_errors(self.path, "cannot be written"):
             with open(beside, "w", encoding="ascii") as file:
                 file.write(text + "\n")

@@ -19,7 +19,7 @@ from paramdelta.merging import prepare, run_merge
 from paramdelta.publish import sync_files
 from paramdelta.recycling import training
 from paramdelta.recycling.plan import RecyclePlan, Version
-from paramdelta.recycling.state import State, fingerprint, now, remove, sync
+from paramdelta.recycling.state import FOLDERS, State, fingerprint, now, remove, sync
 from paramdelta.recycling.survey import Surveyed, commit_of, family, first_delta
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ class Steps:
             self._begin(version, model)
         entry = self.state.of(version.index)
         if "delta" not in entry:
+            for kind in FOLDERS:
+                with storage_errors(self.plan.out / kind, "cannot be created"):
+                    (self.plan.out / kind).mkdir(exist_ok=True)
             start = self._start(version, model, entry)
             out = self.folder("outs", version)
             if not (entry.get("command", {}).get("finished") and os.path.lexists(out)):
@@ -89,9 +92,6 @@ class Steps:
 
     def _begin(self, version: Version, model: Checkpoint) -> None:
         """Note what the version is made of."""
-        for kind in ("starts", "outs", "deltas", "logs"):
-            with storage_errors(self.plan.out / kind, "cannot be created"):
-                (self.plan.out / kind).mkdir(exist_ok=True)
         self.state.versions.append(
             {
                 "label": version.label,

@@ -115,7 +115,7 @@ def _strangers(plan: RecyclePlan, opened: Mapping[int, Checkpoint]) -> Iterator[
 def _surveyed(plan: RecyclePlan, version: Version, opened: Mapping[int, Checkpoint]) -> Surveyed:
     checkpoint = opened[version.index]
     about = describe(checkpoint)
-    size = sum(file.size for file in checkpoint.files)
+    size = about["bytes"]
     start = 0
     if version.index > 1 or plan.first_delta is not None:
         planned = _applied(plan, version, opened)
