@@ -127,6 +127,7 @@ class _Reader:
                 self.wrong.append(self.document.complaint((name,), f"is missing: {required}"))
         folder = self.document.folder
         arguments = self._arguments(found.get("command"), found.pop("shell", False))
+        self._policies(found)
         if self.wrong:
             return None
         work = found.pop("workdir", None)
@@ -136,9 +137,6 @@ class _Reader:
             env=found.pop("env", {}),
         )
         found["out"] = (folder / found["out"] if out is None else Path(out)).absolute()
-        self._policies(found)
-        if self.wrong:
-            return None
         return RecyclePlan(document=self.document, **found)
 
     def _expected(self, where: Where, expected: str, got: Any, remedy: str = "") -> None:
@@ -248,6 +246,7 @@ class _Reader:
         values = value.values() if isinstance(value, Mapping) else [value]
         if any(isinstance(v, bool) or not isinstance(v, int | float | str) for v in values):
             self._expected(where, "a number, or globs and numbers", value)
+            return 1.0
         return value
 
     def kept(self, where: Where, value: Any) -> tuple[str, ...]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from paramdelta.checkpoint import Checkpoint, describe, hub, open_checkpoint
-from paramdelta.deltas import apply_request
+from paramdelta.deltas import apply_request, extract_request
 from paramdelta.errors import CheckpointError, Complaint, InputError, PlanError
 from paramdelta.plan import MergeRequest, make_plan, open_all
 from paramdelta.recycling.plan import RecyclePlan, Version
 from paramdelta.recycling.state import State
 
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "f8": 1}  # of a delta, for each parameter
+_ROLE = "a version"  # as complaints call a checkpoint
 _UNPREDICTABLE = ("rename_post", "stacks")  # they are about what the command will have written
 
 
@@ -42,7 +42,8 @@ def survey(plan: RecyclePlan, state: State, until: int) -> dict[int, Surveyed]:
             opened[version.index] = open_version(plan, state, version)
         except CheckpointError as error:
             if not state.done(version.index):
-                wrong += error.complaints
+                here = plan.document.complaint(("versions", version.index - 1), "").subject
+                wrong += [Complaint(f"{here}: {c.subject}", c.problem, c.remedy) for c in error.complaints]
     found: dict[int, Surveyed] = {}
     for index in opened:
         try:
@@ -65,8 +66,8 @@ def open_version(plan: RecyclePlan, state: State, version: Version) -> Checkpoin
         text = version.model
         if begun.get("commit") and begun["settings"].get("model") == text:
             text = f"{text.partition('@')[0]}@{begun['commit']}"
-        folder = hub.located(text, version.name)
-    return open_checkpoint(folder, role=version.name)
+        folder = hub.located(text, _ROLE)
+    return open_checkpoint(folder, role=_ROLE)
 
 
 def commit_of(checkpoint: Checkpoint) -> str | None:
@@ -114,14 +115,25 @@ def _strangers(plan: RecyclePlan, opened: Mapping[int, Checkpoint]) -> Iterator[
 
 def _surveyed(plan: RecyclePlan, version: Version, opened: Mapping[int, Checkpoint]) -> Surveyed:
     checkpoint = opened[version.index]
-    about = describe(checkpoint)
-    size = about["bytes"]
+    size = describe(checkpoint)["bytes"]
     start = 0
     if version.index > 1 or plan.first_delta is not None:
         planned = _applied(plan, version, opened)
         start = size if planned is None else planned
-    delta = about["parameters"] * _BYTES[plan.extract.get("dtype") or "f32"]
+    delta = _extracted(plan, version, checkpoint)
     return Surveyed(version, checkpoint, start, start or size, delta)
+
+
+def _extracted(plan: RecyclePlan, version: Version, checkpoint: Checkpoint) -> int:
+    """Plan the delta of a version, the version itself standing for what the command will leave; return the bytes of it.
+    A lossless one takes more, how much is known once there is something to look at."""
+    given = {name: value for name, value in plan.extract.items() if name not in ("lossless", *_UNPREDICTABLE)}
+    try:
+        request = extract_request(post=checkpoint.path, base=checkpoint.path, **given)
+        return make_plan(request, *open_all(request)).bytes_written
+    except PlanError as error:
+        here = plan.document.complaint(("versions", version.index - 1), "").subject
+        raise InputError(Complaint(f"{here}: {c.subject}", c.problem, c.remedy) for c in error.complaints) from None
 
 
 def _applied(plan: RecyclePlan, version: Version, opened: Mapping[int, Checkpoint]) -> int | None:

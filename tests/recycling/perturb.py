@@ -1,8 +1,8 @@
 """Stands for fine-tuning where only what surrounds it matters: ``perturb.py START OUT INDEX`` copies a checkpoint and
 flips the lowest bit of some of its bf16 values, which ones the index decides. Without a library, so that it is quick.
 
-Environment: SLEEP (seconds before the work), FAIL (print that many lines and exit with 3), SPOIL (what is left: nothing,
-deeper, other-family, same), ON_SIGNAL (seconds to go on after SIGINT or SIGTERM, then exit 0).
+Environment: SLEEP (seconds before the work), FAIL (print that many lines and exit with 3), SPOIL (what is left:
+nothing, deeper, other-family), ON_SIGNAL (seconds to go on after SIGINT or SIGTERM, then exit 0).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands that fail, are told to stop, outlive their recycling, or leave what is no checkpoint; from the command line."""
+"""Commands that fail, are told to stop, outlive their recycling, or leave what is no checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def start(plan: Path, **environment: str) -> subprocess.Popen[str]:
         start_new_session=True,
     )
     log = plan.parent / "out" / "logs" / "1-v1.log"
-    wait_for(lambda: log.exists() and "working on" in log.read_text() or process.poll() is not None)
+    wait_for(lambda: (log.exists() and "working on" in log.read_text()) or process.poll() is not None)
     return process
 
 
