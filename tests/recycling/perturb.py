@@ -44,6 +44,7 @@ def main(start: Path, out: Path, index: int) -> None:
     for line in range(int(os.environ.get("FAIL", 0))):
         print(f"line {line}", file=sys.stderr)
     if "FAIL" in os.environ:
+        (out / "left-behind").write_text("")
         sys.exit(3)
     spoil = os.environ.get("SPOIL")
     if spoil == "nothing":

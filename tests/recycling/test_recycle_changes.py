@@ -177,3 +177,6 @@ def test_what_is_kept_and_the_room_it_takes(models: Path, tmp_path: Path, keep: 
     after = preview(plan)
     assert all(step.done for step in after.steps)
     assert (after.bytes_at_most, after.bytes_in_the_end) == (0, 0)
+    made = digests(out)
+    assert paramdelta.recycle({**plan, "keep": [], "unfinished": "keep"}).complete
+    assert digests(out) == made

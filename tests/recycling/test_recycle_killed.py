@@ -75,6 +75,12 @@ def _count_calls(pipe: int, kill_before: int | None) -> None:
     subprocess.Popen.poll = counted(subprocess.Popen.poll)  # type: ignore[method-assign]
 
 
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start and each delta is several segments, which are continued within."""
+    monkeypatch.setenv("PARAMDELTA_SEGMENT_BYTES", str(1 << 15))
+
+
 @pytest.fixture(scope="module")
 def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], int]:
     """What an undisturbed recycling leaves that keeps everything, and how many calls it takes."""
@@ -125,6 +131,20 @@ def test_killed_again_and_again(models: Path, whole: tuple[dict[str, str], int],
     assert statuses[-1] == 0
     assert len(statuses) > 5
     assert digests(out) == {name: digest for name, digest in whole[0].items() if name.startswith("deltas")}
+
+
+def test_a_model_that_is_touched(models: Path, whole: tuple[dict[str, str], int], tmp_path: Path) -> None:
+    """The journal of an extraction goes by times of modification; a recycling goes on without it."""
+    shutil.copytree(models, tmp_path / "models")
+    plan = make_plan(tmp_path / "models", tmp_path / "out", keep=["starts", "outs"])
+    journal = tmp_path / "out" / "deltas" / ".1-v1.partial" / "journal"
+    place = 20
+    while not (journal.exists() and len(journal.read_text().splitlines()) > 1):
+        assert os.WIFSIGNALED(carry_out(plan, place)[0])
+        place += 1
+    (tmp_path / "models" / "v1" / "model-00001-of-00002.safetensors").touch()
+    assert carry_out(plan, None)[0] == 0
+    assert digests(tmp_path / "out") == whole[0]
 
 
 def test_a_kill_leaves_the_state_readable(models: Path, tmp_path: Path) -> None:
