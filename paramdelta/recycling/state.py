@@ -215,11 +215,19 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder where it is there, and what an unfinished merge has left beside it."""
     with storage_errors(path, "cannot be removed"):
-        for each in (path, path.parent / f".{path.name}.partial"):
-            if each.is_dir() and not each.is_symlink():
-                shutil.rmtree(each)
-            else:
-                each.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    remove_partial(path)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what a merge into a folder has left beside it; also one that was killed once the folder was there."""
+    partial = path.parent / f".{path.name}.partial"
+    if partial.is_dir():
+        with storage_errors(partial, "cannot be removed"):
+            shutil.rmtree(partial)
 
 
 def sync(folder: Path) -> None:

@@ -19,7 +19,7 @@ from paramdelta.merging import prepare, run_merge
 from paramdelta.publish import sync_files
 from paramdelta.recycling import training
 from paramdelta.recycling.plan import RecyclePlan, Version
-from paramdelta.recycling.state import FOLDERS, State, fingerprint, now, remove, sync
+from paramdelta.recycling.state import FOLDERS, State, fingerprint, now, remove, remove_partial, sync
 from paramdelta.recycling.survey import Surveyed, commit_of, family, first_delta
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class Steps:
                 self.watcher.step(f"{self.named(version)}: starts from {version.name} and the delta {delta.name}")
                 given = {"alpha": self.plan.alpha, **self.plan.apply}
                 self._merge(apply_request(new_base=model.path, deltas=delta, out=start, **given), "applying")
+            remove_partial(start)
         if "start" not in entry:
             entry["start"] = {"folder": str(start), "delta": None if delta is None else str(delta), "written": now()}
             self.state.write()
@@ -202,6 +203,7 @@ class Steps:
             self._check_tuned(version, model, out)
             self.watcher.step(f"{self.named(version)}: extracts its delta, {out.name} - {version.name}")
             self._merge(extract_request(post=out, base=model.path, out=target, **self.plan.extract), "extracting")
+        remove_partial(target)
         files = fingerprint(open_checkpoint(target, role="delta"))
         entry["delta"] = {"folder": str(target), "written": now(), "files": files}
         self.state.write()
