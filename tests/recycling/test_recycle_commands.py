@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import pytest
 from recycled import ENVIRONMENT, command, digests, make_plan, run
 
 import paramdelta
+from paramdelta.errors import InputError
 from paramdelta.recycling import CommandError
 
 
@@ -195,6 +197,15 @@ def test_a_command_that_outlives_its_recycling(models: Path, tmp_path: Path) -> 
     wait_for(lambda: run(plan, "--until", "1").returncode == 0)
     attempts = state(tmp_path / "out")["versions"][0]["command"]["attempts"]
     assert [a.get("exit_code") for a in attempts] == [None, 0]
+
+
+def test_a_command_that_writes_into_its_start(models: Path, tmp_path: Path) -> None:
+    """Into the first version's own folder, of which the delta would be wrong."""
+    shutil.copytree(models, tmp_path / "models")
+    plan = make_plan(tmp_path / "models", tmp_path / "out", shell=True)
+    plan["command"] = "cp -r {start} {out}; rm -f {start}/generation_config.json"
+    with pytest.raises(InputError, match=r"v1: changed while version 1 of 3 \(v1\) was made of it"):
+        paramdelta.recycle(plan)
 
 
 def test_what_a_good_command_leaves_running_is_no_matter(models: Path, tmp_path: Path) -> None:
