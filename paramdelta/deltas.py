@@ -32,6 +32,7 @@ def extract(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     restart: bool = False,
     checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -70,7 +71,7 @@ def extract(
     The diff vector of fine-tuning transfer (arXiv 2503.20110); the task vector of other work.
     """
     request = extract_request(post=post, base=base, out=out, dtype=dtype, lossless=lossless, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     return run_merge(prepare(request), options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
 
@@ -85,6 +86,7 @@ def apply(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     restart: bool = False,
     checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -117,7 +119,7 @@ def apply(
     InputError, NonFiniteError, PrecisionError, StorageError : as :func:`paramdelta.merge`
     """
     request = apply_request(new_base=new_base, deltas=deltas, out=out, alpha=alpha, rebuild=rebuild, **policies)
-    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     return run_merge(prepare(request), options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paramdelta import engine, resuming
+from paramdelta import devices, engine, resuming
 from paramdelta.errors import Complaint, InputError, StorageError
 from paramdelta.journal import Finished, check_same, identity, rank_journals, rank_name, read_lines, replay
 from paramdelta.meeting import Meeting, control_folder, sources_of
@@ -53,6 +53,7 @@ def merge_part(
         if done.sources != sources_of(plan):
             journal.add_sources(sources_of(plan))
         work, before = shares.part(rank.number), engine.NOTHING
+        options = devices.resolved(options, work)
         if work.unsettled:
             measured = done.measured
             if measured is None:

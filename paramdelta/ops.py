@@ -7,6 +7,7 @@ floating-point mode.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from paramdelta.backends.threads import default_threads
 from paramdelta.device_tensors import PendingCounts
 from paramdelta.dtypes import F32, F64
 from paramdelta.errors import OperandError
-from paramdelta.tensors import Tensor, allocate, parse_dtype, read_operand, read_out, same_shape
+from paramdelta.tensors import Tensor, allocate, is_distributed, parse_dtype, read_operand, read_out, same_shape
 
 __all__ = [
     "Counts",
@@ -71,7 +72,9 @@ def merge(
     post, base, new_base : numpy.ndarray or torch.Tensor
         Equal shapes; any strides. Dtypes bf16, f16, f32, f64, f8_e4m3 (``float8_e4m3fn``) and f8_e5m2, in any
         mix. Tensors must need no gradient, and be all on the CPU or all on one CUDA device: there the merge is enqueued
-        on PyTorch's current stream, nothing waits for it, and ``counts`` are pending (``PendingCounts``).
+        on PyTorch's current stream, nothing waits for it, and ``counts`` are pending (``PendingCounts``). DTensors are
+        merged shard by shard, all being placed alike, and so is the result; ``counts`` are then those of all shards,
+        for which all ranks must call.
     alpha : float
         A finite factor. 0 means that there is no delta at all.
     out : numpy.ndarray or torch.Tensor, optional
@@ -101,6 +104,10 @@ def merge(
     -----
     Source: ParamΔ for Direct Weight Mixing, arXiv 2504.21023 (alpha = 1).
     """
+    if any(is_distributed(x) for x in (post, base, new_base, out)):
+        operators = importlib.import_module("paramdelta.torch_ops")  # above this module: it brings torch
+        whole, counts = operators.merge_distributed(post, base, new_base, out, _finite(alpha), dtype, norms)
+        return Merged(whole, counts, ())
     return _merge(new_base, (("post", post, "base", base, alpha),), out, dtype, threads, norms)
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paramdelta import engine, resuming
+from paramdelta import devices, engine, resuming
 from paramdelta.engine import EngineOptions, RunResult
 from paramdelta.errors import Complaint, InputError, NonFiniteError, NotPublishedError, PlanError, StorageError
 from paramdelta.journal import Journal, identity, read_lines, replay
@@ -37,6 +37,7 @@ def sweep(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     restart: bool = False,
     checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -74,7 +75,7 @@ def sweep(
     What is quantised in new_base is merged with an alpha of 0 in a pass of its own, which reads new_base.
     """
     requests = make_requests(alphas, out=out, alphas=_rules(alpha), post=post, base=base, new_base=new_base, **policies)
-    options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     plans = prepare(requests, restart=restart)
     return run_sweep(plans, options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
@@ -89,6 +90,7 @@ def interpolate(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     restart: bool = False,
     checksums: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
@@ -110,7 +112,7 @@ def interpolate(
     The others, what is returned and what is raised are as in :func:`sweep`.
     """
     requests = make_requests(at, out=out, word="at", option="--at", post=b, base=a, new_base=a, **policies)
-    options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     plans = prepare(requests, restart=restart)
     return run_sweep(plans, options=options, restart=restart, checksums=checksums, on_progress=on_progress)
 
@@ -235,9 +237,10 @@ class _Run:
         from paramdelta.plan.variants import passes_of
 
         self.plans, self.staging, self.stack = plans, staging, stack
-        self.options, self.on_progress = options, on_progress
+        self.on_progress = on_progress
         self.names = [_out(plan.request).name for plan in plans]
         self.passes = passes_of(plans)
+        self.options = devices.resolved(options, self.passes[0].work)
         self.journals: list[Journal] = []
         self.published: dict[str, Any] = {}  # marks by name
         # What fits a segment is done again where it is cut short; only its publication is noted.

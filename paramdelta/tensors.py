@@ -70,6 +70,12 @@ def read_operand(name: str, x: Any) -> Tensor:
     )
 
 
+def is_distributed(x: Any) -> bool:
+    """Return whether ``x`` is a DTensor, of which this process holds a shard."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def read_out(out: Any, operands: Sequence[Tensor], dtype: DType | None) -> Tensor:
     """Return ``out`` as stored codes, checked against the operands that are read while it is written."""
     target = read_operand("out", out)

@@ -37,6 +37,7 @@ LAYERS = [
     ("engine",),
     ("plan",),
     ("checkpoint",),
+    ("torch_ops",),
     ("ops", "scaled"),
     ("device_tensors",),
     ("tensors",),

@@ -17,7 +17,11 @@ from paramdelta.dtypes import DType
 from paramdelta.errors import BackendError
 
 # In the order of preference among those that take the same memory.
-_MODULES = {"cpu": "paramdelta.backends.cpu", "cuda": "paramdelta.backends.cuda"}
+_MODULES = {
+    "cpu": "paramdelta.backends.cpu",
+    "cuda": "paramdelta.backends.cuda",
+    "triton": "paramdelta.backends.triton",
+}
 
 VARIABLE = "PARAMDELTA_BACKEND"
 

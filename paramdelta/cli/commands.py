@@ -88,6 +88,7 @@ def cli() -> None:
 @click.option("--out", required=True, type=options.FOLDER, metavar="DIR", help="The folder to write.")
 @options.policies
 @options.machine
+@options.device
 @click.option("--allow-nonfinite", is_flag=True, help="Publish even with NaN, Inf or overflow in the result.")
 @click.option("--max-quant-error", metavar="E", help="Fail where quantising loses more than E of a tensor's norm.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that an earlier merge wrote.")

@@ -59,6 +59,7 @@ def _publishing(function: Any) -> Any:
 )
 @options.policies_of_deltas
 @options.machine
+@options.device
 @_publishing
 @options.ranks
 @options.output
@@ -90,6 +91,7 @@ def extract(**arguments: Any) -> None:
 @click.option("--rebuild", is_flag=True, help="The base is the delta's own: write post again, byte for byte.")
 @options.policies
 @options.machine
+@options.device
 @_publishing
 @options.ranks
 @options.output

@@ -240,6 +240,22 @@ def machine(function: F) -> F:
     )
 
 
+def device(function: F) -> F:
+    """Add the option of what computes."""
+    return _apply(
+        function,
+        [
+            click.option(
+                "--device",
+                metavar="NAME",
+                default="auto",
+                show_default=True,
+                help="cpu, cuda or cuda:N; auto: the GPU, where there is one and measured rates say that it is faster.",
+            )
+        ],
+    )
+
+
 def threads_and_paths(function: F) -> F:
     """Add the options of a pass that reads and writes nothing."""
     return _apply(function, [_threads(), *_paths()])

@@ -53,13 +53,14 @@ def merge_inputs(
 def engine_options(memory: str, **machine: Any) -> EngineOptions:
     """Return the engine's options, ``memory`` as ``auto`` or a size such as ``256MiB``, or raise InputError."""
     from paramdelta.engine import EngineOptions
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     size = None if memory == "auto" else parse_size(memory, option="--memory")
     try:
         return EngineOptions(memory=size, **machine)
     except OperandError as error:
-        raise InputError(Complaint("--memory", str(error).removeprefix("memory: "))) from None
+        name, _, text = str(error).partition(": ")
+        raise InputError(Complaint(f"--{name}", text)) from None
 
 
 def rank_report(report: RankReport) -> None:
@@ -75,7 +76,7 @@ def rank_report(report: RankReport) -> None:
 
 def memory_bytes(memory: str) -> int | None:
     """Return the bytes that ``--memory`` spells, None for ``auto``. Raises InputError."""
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     return None if memory == "auto" else parse_size(memory, option="--memory")
 
@@ -94,6 +95,7 @@ def merge_report(report: MergeReport) -> None:
             f"{count(report.threads, 'thread')}, {report.isa}, "
             f"{human_bytes(report.threads * report.slot_bytes)} of buffers",
         ),
+        ("device", report.device + (f": {report.device_why}" if report.device_why else "")),
         ("storage", "; ".join(f"{_files(ways)} {what}" for what, ways in report.io.items() if ways)),
     ]
     rows += vocabulary_rows(report.policies)
@@ -222,7 +224,7 @@ def speeds(
 ) -> Speeds | None:
     """Return the speeds that options spell (``50GB/s``), None where there are none. Raises InputError."""
     from paramdelta.forecast import Speeds
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     given = {"read": read, "write": write, "link": link, "memory": memory}
     wrong: list[Complaint] = []

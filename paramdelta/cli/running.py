@@ -22,6 +22,7 @@ def run(
     memory: str,
     isa: str | None,
     io: str,
+    device: str,
     restart: bool,
     rank: int | None,
     world_size: int | None,
@@ -34,7 +35,9 @@ def run(
     from paramdelta.cli import many, present, render
 
     def inputs() -> Any:
-        return present.merge_inputs(request, make_request, threads=threads, memory=memory, isa=isa, io=io)
+        return present.merge_inputs(
+            request, make_request, threads=threads, memory=memory, isa=isa, io=io, device=device
+        )
 
     this = None if dry_run else many.rank_of(rank, world_size)
     if this is not None:

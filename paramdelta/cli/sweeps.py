@@ -77,6 +77,7 @@ def _running(function: Any) -> Any:
 )
 @options.policies
 @options.machine
+@options.device
 @_running
 @options.output
 def sweep(values: tuple[str, ...], **rest: Any) -> None:
@@ -100,6 +101,7 @@ def sweep(values: tuple[str, ...], **rest: Any) -> None:
 )
 @options.policies
 @options.machine
+@options.device
 @_running
 @options.output
 def interpolate(a: str, b: str, at: str, **rest: Any) -> None:
@@ -116,6 +118,7 @@ def _run(
     memory: str,
     isa: str | None,
     io: str,
+    device: str,
     restart: bool,
     no_checksums: bool,
     **request: Any,
@@ -133,7 +136,7 @@ def _run(
         wrong.append(Complaint(click.get_current_context().info_name or "sweep", problem, remedy))
     run_options = EngineOptions()
     try:
-        run_options = present.engine_options(memory, threads=threads, isa=isa, io=io)
+        run_options = present.engine_options(memory, threads=threads, isa=isa, io=io, device=device)
     except InputError as error:
         wrong += error.complaints
     plans = sweeping.prepare(sweeping.make_requests(values, *wrong, **request), restart=restart)

@@ -5,9 +5,9 @@ EXAMPLE = """\
 # Relative paths begin at the folder of this file.
 
 versions:                  # of one base model, the oldest first: folders, or org/name[@revision] on the Hub
-  - models/base-v1
-  - models/base-v2
-  - model: models/base-2026-03
+  - base-v1
+  - base-v2
+  - model: base-2026-03
     name: v3               # for folders and for {version}; by default the last part of the path
 
 out: recycled              # the folder to work in: starts/, outs/, deltas/, logs/ and recycle.json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -399,4 +398,3 @@ def test_a_folder_of_transformers(tmp_path: Path, size: str) -> None:
     assert stored(tmp_path) == expected
     assert checkpoint.notes == ()
     assert checkpoint.tied is False
-    shutil.rmtree(tmp_path)
