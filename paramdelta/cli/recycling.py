@@ -46,6 +46,7 @@ def _print_example(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option("--restart", is_flag=True, help="Remove what is there and begin anew.")
 @click.option("--restart-from", type=int, metavar="I", help="Keep the versions before I, and begin anew with I.")
 @options.machine
+@options.device
 @options.output
 def recycle(
     plan: str,
@@ -56,6 +57,7 @@ def recycle(
     memory: str,
     isa: str | None,
     io: str,
+    device: str,
     **chosen: Any,
 ) -> None:
     """Go through the versions of a base model as PLAN says (YAML or JSON): fine-tune each with a command of your own,
@@ -75,7 +77,8 @@ def recycle(
         return
     size = present.memory_bytes(memory)
     watcher = _watcher(quiet=quiet or as_json)
-    report = recycling.recycle(plan, threads=threads, memory=size, isa=isa, io=io, watcher=watcher, **chosen)
+    chosen |= {"threads": threads, "memory": size, "isa": isa, "io": io, "device": device}
+    report = recycling.recycle(plan, watcher=watcher, **chosen)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

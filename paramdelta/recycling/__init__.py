@@ -65,6 +65,7 @@ def recycle(
     memory: int | None = None,
     isa: str | None = None,
     io: str = "auto",
+    device: str = "auto",
     watcher: Watcher | None = None,
 ) -> RecycleReport:
     """For each version m_i: fine-tune ``m_i + alpha · Δ_{i−1}`` with a command, and extract ``Δ_i = tuned_i − m_i``.
@@ -80,7 +81,7 @@ def recycle(
     restart : remove what is there and begin anew
     restart_from : keep the versions before this one as they are, with whatever plan they were made, and begin anew with
         this one
-    threads, memory, isa, io : of applying and extracting, as in :func:`paramdelta.merge`
+    threads, memory, isa, io, device : of applying and extracting, as in :func:`paramdelta.merge`
     watcher : is told of steps, of warnings, of bytes moved and of the command's output
 
     Returns
@@ -104,7 +105,7 @@ def recycle(
     read = load(plan, out=out)
     last = _last(read, until)
     first = _first(read, restart, restart_from)
-    options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
+    options = EngineOptions(threads=threads, memory=memory, isa=isa, io=io, device=device)
     watcher = watcher or Watcher()
     surveyed = survey(read, _known(read, first), last)
     state = State(read.out)

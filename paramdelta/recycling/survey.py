@@ -33,11 +33,13 @@ class Surveyed:
 
 
 def survey(plan: RecyclePlan, state: State, until: int) -> dict[int, Surveyed]:
-    """Open the versions up to ``until`` whose deltas are not there yet, and check them. A version on the Hub is
-    fetched. Raises InputError with every complaint."""
+    """Open the versions up to ``until`` and check them; those whose deltas are there already may be gone. A version on
+    the Hub that is still to do is fetched. Raises InputError with every complaint."""
     wrong = list(_misplaced(plan))
     opened: dict[int, Checkpoint] = {}
     for version in plan.versions[:until]:
+        if state.done(version.index) and _on_hub(plan, version):
+            continue
         try:
             opened[version.index] = open_version(plan, state, version)
         except CheckpointError as error:
@@ -61,13 +63,17 @@ def open_version(plan: RecyclePlan, state: State, version: Version) -> Checkpoin
     """Open the model of a version: a folder, or the snapshot that its identifier names, the very one that it was begun
     with. Raises CheckpointError."""
     folder = plan.path(version.model)
-    if not os.path.lexists(folder) and hub.is_identifier(version.model):
+    if _on_hub(plan, version):
         begun = state.of(version.index) if state.begun(version.index) else {}
         text = version.model
         if begun.get("commit") and begun["settings"].get("model") == text:
             text = f"{text.partition('@')[0]}@{begun['commit']}"
         folder = hub.located(text, _ROLE)
     return open_checkpoint(folder, role=_ROLE)
+
+
+def _on_hub(plan: RecyclePlan, version: Version) -> bool:
+    return not os.path.lexists(plan.path(version.model)) and hub.is_identifier(version.model)
 
 
 def commit_of(checkpoint: Checkpoint) -> str | None:

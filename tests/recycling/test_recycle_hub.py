@@ -35,6 +35,8 @@ def test_a_branch_that_moves_is_no_change(models: Path, tmp_path: Path) -> None:
     cached(cache, "llama", "main", COMMITS[1], models / "v3")
     done = run(path, **environment)
     assert done.returncode == 0, done.stderr
+    shutil.rmtree(cache / "models--org--llama")  # what is done is not fetched again
+    assert run(path, **environment).returncode == 0
     plain = make_plan(models, tmp_path / "plain", versions=[{"model": str(models / "v1"), "name": "llama"}])
     plain["versions"].append(str(models / "v2"))
     (tmp_path / "plain.json").write_text(json.dumps(plain))
@@ -45,6 +47,7 @@ def test_a_branch_that_moves_is_no_change(models: Path, tmp_path: Path) -> None:
     assert [made[name] for name in weights] == [expected[name] for name in weights]
     state = json.loads((tmp_path / "out" / "recycle.json").read_text())
     assert [version["commit"] for version in state["versions"]] == [COMMITS[0], COMMITS[0]]
+    cached(cache, "llama", "main", COMMITS[1], models / "v3")
     missing = make_plan(models, tmp_path / "other", versions=["org/llama", "org/unknown"])
     path.write_text(json.dumps(missing))
     refused = run(path, **environment)
