@@ -26,6 +26,7 @@ MODULES = {
     "paramdelta.mapping": "Merged tensors by name, in an order of the caller's.",
     "paramdelta.stages": "Kernels of one's own in the streaming engine.",
     "paramdelta.torch_ops": "Operators of PyTorch, with the arguments that [GPUs](../gpu.md#pytorch-operators) lists.",
+    "paramdelta.recycling": "What [recycling](../recycling.md) tells while it runs, and when it is done.",
     "paramdelta.integrations.transformers": "Merges as models of transformers.",
     "paramdelta.integrations.mergekit": "The merge method of mergekit.",
     "paramdelta.plan": "What a merge would do, as data.",
