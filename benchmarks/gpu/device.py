@@ -100,6 +100,14 @@ class Device:
         if self.on == "cuda":
             self.torch.cuda.empty_cache()
 
+    def fetch(self, tensor: Any) -> Any:
+        """Return the tensor in the host's memory, page-locked: fresh pages would take longer than the copy."""
+        return self.host_room(tensor).copy_(tensor)
+
+    def host_room(self, like: Any) -> Any:
+        """Return memory of the host for a tensor."""
+        return self.torch.empty(like.shape, dtype=like.dtype, pin_memory=self.on == "cuda")
+
     def copier(self, to: Any, source: Any) -> Callable[[], None]:
         """Return the driver's own copy of one tensor to another, on the current stream."""
         if self.on == "host":

@@ -103,8 +103,8 @@ class Plain:
 
     def on_cpu(self) -> tuple[Any, list[int]]:
         """Merge on the processor; return the output there, and the counts."""
-        here = [t.cpu().contiguous() for t in self.operands]
-        out = here[0].new_empty(self.count)
+        here = [self.device.fetch(t) for t in self.operands]
+        out = self.device.host_room(here[0])
         at = [Operand(int(t.data_ptr()), self.dtype) for t in here]
         terms = [Term(at[1 + 2 * k], at[2 + 2 * k], alpha) for k, alpha in enumerate(self.alphas)]
         where = Operand(int(out.data_ptr()), self.dtype)
@@ -209,14 +209,10 @@ class Blocks:
             quantiser=quantiser,
         )  # fmt: skip
 
-    def needs_workspace(self) -> int:
-        """Return the bytes that the CUDA kernels want beside the operands: none for these blocks."""
-        return cuda.workspace_bytes(**self._job(self.codes, self.scales))
-
     def on_cpu(self) -> tuple[Any, Any, list[int]]:
         """Merge on the processor; return codes and scales there, and the counts."""
-        codes, scales = [c.cpu() for c in self.codes], [s.cpu() for s in self.scales]
-        out, out_scales = codes[0].new_empty(codes[0].shape), scales[0].new_empty(scales[0].shape)
+        codes, scales = [self.device.fetch(c) for c in self.codes], [self.device.fetch(s) for s in self.scales]
+        out, out_scales = self.device.host_room(codes[0]), self.device.host_room(scales[0])
         cols = self.shape[1]
         result = _cpu.merge_scaled(
             **self._job(codes, scales),
