@@ -37,7 +37,7 @@ WEIGHTS = {
     "foreach": 20,
     "pipeline": 115,
 }
-GRACE = 1.25  # a part sees the end of its time by itself; one that does not is ended
+GRACE = 1.25  # a part sees the end of its time by itself, if not within a measurement; else it is ended
 RESERVE = 8.0  # seconds, for the summary
 PACKAGES = ("triton",)
 
@@ -46,7 +46,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="a folder for the results (default: a dated one in benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, help="a folder for the results (default: a dated one in benchmarks/results)"
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--budget", type=float, default=520, help="seconds for all parts together (default: 520)")
     parser.add_argument("--on", choices=PLACES, default="cuda", help="host: try every line without a GPU, tiny sizes")
@@ -100,7 +102,11 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     commit = machine.describe_commit()
     if options.commit:
         commit = {"commit": options.commit, "dirty": commit["dirty"]}
-    return {"machine": machine.describe_machine() | {"gpu": describe(options.on)}, "versions": versions, "commit": commit}
+    return {
+        "machine": machine.describe_machine() | {"gpu": describe(options.on)},
+        "versions": versions,
+        "commit": commit,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

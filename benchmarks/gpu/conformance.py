@@ -67,14 +67,21 @@ def tests(kernels: str, selection: Selection, on: str, clock: Clock) -> Record:
         env = environment(on) | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(1, clock.left())
+                command,
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=max(1, clock.left()),
             )
         except subprocess.TimeoutExpired as cut:
             said = (cut.stdout or b"").decode(errors="replace")[-SHOWN:]
             return Record(GROUP, "tests", kernels, parameters, skipped=f"cut by the clock, so far: {said}")
         said = done.stdout.decode(errors="replace")
         if not report.exists():
-            return Record(GROUP, "tests", kernels, parameters, skipped=f"pytest ended with {done.returncode}: {said}"[:SHOWN])
+            return Record(
+                GROUP, "tests", kernels, parameters, skipped=f"pytest ended with {done.returncode}: {said}"[:SHOWN]
+            )
         counts = counted(report)
     parameters["exit_code"] = done.returncode
     if done.returncode:

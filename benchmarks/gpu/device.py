@@ -128,7 +128,7 @@ class Device:
         return copy
 
     def take_turns(
-        self, functions: Mapping[str, Callable[[], Any]], *, rounds: int, clock: Clock, repeat: int = 3
+        self, functions: Mapping[str, Callable[[], Any]], *, rounds: int, repeat: int, clock: Clock
     ) -> dict[str, list[float]]:
         """Return seconds of each function, one sample a round: ``repeat`` calls between two events, over their number.
 

@@ -55,7 +55,9 @@ def copies(device: Device, sizes: Sizes, clock: Clock) -> Iterator[Record]:
             "Tensor.copy_": lambda to=to, source=source: to.copy_(source),  # type: ignore[misc]
             "bitwise_not": lambda to=to, source=source: torch.bitwise_not(source, out=to),  # type: ignore[misc]
         }
-        for name, seconds in device.take_turns(functions, rounds=max(3, sizes.rounds // 2), clock=clock).items():
+        for name, seconds in device.take_turns(
+            functions, rounds=max(3, sizes.rounds // 2), repeat=sizes.calls, clock=clock
+        ).items():
             yield timed(f"{COPY}, {size} bytes", name, seconds, 2 * size, {"bytes": size})
         del source, to, functions
         device.free()
@@ -105,7 +107,7 @@ def case(
                 raise
             skipped[contender] = f"{type(error).__name__}: {error}"[:2000]
             del functions[contender]
-    samples = device.take_turns(functions, rounds=sizes.rounds, clock=clock)
+    samples = device.take_turns(functions, rounds=sizes.rounds, repeat=sizes.calls, clock=clock)
     parameters = {"elements": count_of(job), "bytes": job.nbytes}
     rate = max(copy_rate, Metric("B/s", tuple(2 * copied / s for s in samples[COPY])).median)
     for contender, seconds in samples.items():

@@ -121,7 +121,7 @@ def strides(device: Device, lane: Lane, present: list[str]) -> Record:
     """Compare merges of transposed, stepped and overhanging views, to an output that has gaps."""
     torch, source = device.torch, Source(device, 78)
     dtype = torch_dtype(device, lane.dtype)
-    rows, cols = 66, 129
+    rows, cols = 18, 45
     count = 1 + 2 * len(lane.alphas)
     views = []
     for k, flat in enumerate(source.operands("weights", dtype, 4 * rows * cols, len(lane.alphas))):

@@ -171,7 +171,12 @@ class Blocks:
         rows, cols = self.shape
         codec, scale = CODECS.index("f8_e4m3"), dtypes.F32.code
         new_base, post, base = (
-            (int(c.data_ptr()), codec, cols, (int(s.data_ptr()), scale, cols // BLOCK, BLOCK, BLOCK, 0, 0, 0, 1.0, 0, 0))
+            (
+                int(c.data_ptr()),
+                codec,
+                cols,
+                (int(s.data_ptr()), scale, cols // BLOCK, BLOCK, BLOCK, 0, 0, 0, 1.0, 0, 0),
+            )
             for c, s in zip(codes, scales, strict=True)
         )
         r = RECIPE

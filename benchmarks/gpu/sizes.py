@@ -10,8 +10,8 @@ class Sizes:
     """Elements, bytes and rounds of every part.
 
     ``law_elements`` are compared in each lane, ``law_piece`` at a time. A matrix of blocks has ``side`` × ``side``
-    elements, in the laws ``law_side`` × ``law_side``. ``model`` is the size of a checkpoint, which is halved until
-    three of them, two outputs and some air fit.
+    elements, in the laws ``law_side`` × ``law_side``. A sample of a kernel is ``calls`` calls. ``model`` is the size of
+    a checkpoint, which is halved until three of them, two outputs and some air fit.
     """
 
     law_elements: int
@@ -21,6 +21,7 @@ class Sizes:
     elements: int
     side: int
     rounds: int
+    calls: int
     tensors: int
     tensor_bytes: int
     foreach_rounds: int
@@ -37,6 +38,7 @@ FULL = Sizes(
     elements=1 << 28,
     side=16384,
     rounds=30,
+    calls=3,
     tensors=10_000,
     tensor_bytes=4096,
     foreach_rounds=7,
@@ -45,16 +47,17 @@ FULL = Sizes(
     link_bytes=256 << 20,
 )
 TINY = Sizes(
-    law_elements=6000,
-    law_piece=2048,
+    law_elements=1500,
+    law_piece=512,
     law_side=128,
     copies=(1 << 12, 1 << 16),
-    elements=4096,
+    elements=512,
     side=128,
     rounds=3,
-    tensors=20,
+    calls=1,
+    tensors=5,
     tensor_bytes=256,
-    foreach_rounds=2,
+    foreach_rounds=1,
     model="1MB",
     model_rounds=1,
     link_bytes=1 << 16,

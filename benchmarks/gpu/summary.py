@@ -22,7 +22,7 @@ LANE_ELEMENTS = 1_000_000_000
 
 
 class Aim(NamedTuple):
-    """One thing to show: ``measured`` None where nothing was; ``right``, where it is no question of speed, else None."""
+    """One thing to show: ``measured`` is None where nothing was; ``correctness`` tells right and wrong from speed."""
 
     name: str
     wanted: str
@@ -119,7 +119,9 @@ def one(records: Sequence[Record], group: str, case: str | None, contender: str)
 def markdown(made: dict[str, Any], content: dict[str, Any]) -> str:
     """Return the lines for docs/performance.md: what it was measured on, the aims, the times of the merges."""
     gpu, versions = content["machine"].get("gpu", {}), content["versions"]
-    named = ", ".join(f"{d['name']}, sm_{''.join(map(str, d['capability']))}" for d in gpu.get("devices", ())) or "no GPU"
+    named = (
+        ", ".join(f"{d['name']}, sm_{''.join(map(str, d['capability']))}" for d in gpu.get("devices", ())) or "no GPU"
+    )
     told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "nvcc", "driver") if versions.get(name))
     rows = [
         (a["name"], a["wanted"], shown(a["measured"]), {True: "yes", False: "no", None: "–"}[a["met"]])

@@ -48,10 +48,17 @@ class Driver:
         return int(at.value)
 
     def upload(self, to: int, array: np.ndarray[Any, Any]) -> None:
-        self.call("cuMemcpyHtoD_v2", ctypes.c_uint64(to), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        self.call(
+            "cuMemcpyHtoD_v2", ctypes.c_uint64(to), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
+        )
 
     def download(self, array: np.ndarray[Any, Any], source: int) -> None:
-        self.call("cuMemcpyDtoH_v2", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(source), ctypes.c_size_t(array.nbytes))
+        self.call(
+            "cuMemcpyDtoH_v2",
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(array.nbytes),
+        )
 
     def free(self, at: int) -> None:
         self.call("cuMemFree_v2", ctypes.c_uint64(at))
@@ -93,7 +100,7 @@ class ExactMemory:
 
 
 def plain(kernels: str) -> int:
-    """Merge elements of one type and of several, with one delta, several and none; return how many merges there were."""
+    """Merge elements of one type and of several, with one delta and with three; return how many merges there were."""
     check = importlib.import_module("kernel_check").check
     weights = importlib.import_module("kernel_values").weights
     rng = np.random.default_rng(5)
@@ -102,7 +109,9 @@ def plain(kernels: str) -> int:
         dtype = BY_NAME[name]
         for count in (1, 7, 1000, 5003):
             for shift in (0, 1):
-                post, base, new_base = (Array(c[shift : shift + count], dtype) for c in weights(rng, dtype, count + shift))
+                post, base, new_base = (
+                    Array(c[shift : shift + count], dtype) for c in weights(rng, dtype, count + shift)
+                )
                 for alphas in ((1.0,), (0.7,), (0.5, -1.0, 0.25)):
                     check(new_base, [Term(post, base, alpha) for alpha in alphas], dtype, kernels=kernels)
                     done += 1
@@ -138,7 +147,13 @@ def stage() -> None:
         post, base, new_base = write_demo(Path(folder), size="tiny")
         for device in ("cuda", "cpu"):
             report = merge(
-                post=post, base=base, new_base=new_base, out=Path(folder) / device, device=device, threads=2, memory=1 << 19
+                post=post,
+                base=base,
+                new_base=new_base,
+                out=Path(folder) / device,
+                device=device,
+                threads=2,
+                memory=1 << 19,
             )
             assert report.device.partition(":")[0] == device, report.device
         for file in sorted((Path(folder) / "cpu").glob("*.safetensors")):

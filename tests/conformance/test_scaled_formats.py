@@ -151,6 +151,8 @@ def test_operands_of_zeros(kernels: str) -> None:
 
 def test_sums_of_errors(kernels: str) -> None:
     """Within a part in a thousand of what binary64 gives: they are for a report."""
+    if kernels == "triton":
+        pytest.skip("the Triton kernels sum up no errors")
     rng = np.random.default_rng(10)
     for output in (o for o in outputs() if o.recipe is not None and o.recipe.values == "f32"):
         post, base, new_base = weights(rng, (130, 600), (Kind("bf16"),) * 3)
