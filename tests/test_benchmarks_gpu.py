@@ -130,6 +130,7 @@ def test_what_a_cut_part_has_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runner, "subprocess", faked)
     monkeypatch.setattr(runner, "about", lambda options: about)
     monkeypatch.setattr(runner, "GRACE", 0.0)
+    monkeypatch.setattr(runner, "SPARE", 1.0)
     monkeypatch.setitem(runner.WEIGHTS, "build", 1)
     record = Record("gpu-build", "backend", "cuda", {}, {"runs": Metric("1", (1,))})
     (tmp_path / "line").write_text(json.dumps(asdict(record)) + "\n")

@@ -10,6 +10,7 @@ is a question of right or wrong was right; 1: something was not, or did not run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -38,6 +39,8 @@ WEIGHTS = {
     "pipeline": 115,
 }
 GRACE = 1.25  # a part sees the end of its time by itself, if not within a measurement; else it is ended
+SPARE = 5.0  # seconds beyond that, for what takes its time to begin
+TO_TIDY_UP = 10.0  # seconds for a part that is ended to remove its files
 RESERVE = 8.0  # seconds, for the summary
 PACKAGES = ("triton",)
 
@@ -78,8 +81,11 @@ def run_part(part: str, limit: float, most: float, options: argparse.Namespace) 
         ended: int | None = child.wait(timeout=most)
     except subprocess.TimeoutExpired:
         ended = None
-    if ended is None:
-        os.killpg(child.pid, signal.SIGKILL)
+        child.terminate()  # it removes its files
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=TO_TIDY_UP)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     return {"part": part, "limit": limit, "seconds": time.monotonic() - start, "exit_code": ended, "cut": ended is None}
 
@@ -133,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         limit = limit_of(part, options.parts, left)
         print(f"== {part}: {limit:.0f} of {left:.0f} s", flush=True)
-        runs.append(run_part(part, limit, min(left, limit * GRACE + 5), options))
+        runs.append(run_part(part, limit, min(left, limit * GRACE + SPARE), options))
         records += read_part(options.out, part)
         save()
     content = save()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     clock = Clock(options.limit)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: what was made is removed on the way
     part = importlib.import_module(f"benchmarks.gpu.{options.part}")
     device = Device(options.on)
     options.out.mkdir(parents=True, exist_ok=True)

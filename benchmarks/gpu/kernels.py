@@ -46,7 +46,7 @@ def run(device: Device, sizes: Sizes, clock: Clock) -> Iterator[Record]:
 
 
 def copies(device: Device, sizes: Sizes, clock: Clock) -> Iterator[Record]:
-    """Measure copies of several sizes: the driver's, PyTorch's, and a kernel of PyTorch's with one read and one write."""
+    """Measure copies of several sizes: the driver's, PyTorch's, and a kernel that reads once and writes once."""
     torch = device.torch
     for size in sizes.copies:
         source, to = (torch.ones(size // 4, dtype=torch.int32, device=device.place) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Three checkpoints to merge, of one file each: shapes of a Llama, weights that repeat, written as fast as memory is."""
+"""Three checkpoints to merge, of one file each: shapes of a Llama, weights that repeat, written at memory's speed."""
 
 from __future__ import annotations
 

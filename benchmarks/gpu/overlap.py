@@ -14,9 +14,8 @@ Interval = tuple[float, float]
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the events of a trace in Chrome's format, compressed or not."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        content = json.load(file)
+    data = path.read_bytes()
+    content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     return list(content["traceEvents"] if isinstance(content, dict) else content)
 
 

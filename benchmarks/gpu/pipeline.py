@@ -111,10 +111,13 @@ def traced(device: Device, case: str, folders: data.Folders, out: Path) -> Recor
     profiler = device.torch.profiler
     activity = profiler.ProfilerActivity.CUDA if device.on == "cuda" else profiler.ProfilerActivity.CPU
     path = Path(os.environ.get("PARAMDELTA_BENCHMARK_OUT", ".")) / TRACE
-    with profiler.profile(activities=[activity]) as profile:
-        merge_once(folders, out, "cuda")
-        device.finish()
-    profile.export_chrome_trace(str(path))
+    try:
+        with profiler.profile(activities=[activity]) as profile:
+            merge_once(folders, out, "cuda")
+            device.finish()
+        profile.export_chrome_trace(str(path))
+    except (RuntimeError, OSError, ParamDeltaError) as error:  # where the profiler may not look, merges go on
+        return Record(GROUP, case, TRACED, {}, skipped=f"{type(error).__name__}: {error}")
     shutil.rmtree(out)
     seconds = overlap.overlaps(overlap.read(path))
     metrics = {name: Metric("s", (value,)) for name, value in seconds.items()}
