@@ -132,8 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
         return content
 
     for part in options.parts:
-        left = options.budget - RESERVE - (time.monotonic() - begun)
         (options.out / f"{part}.jsonl").unlink(missing_ok=True)
+    for part in options.parts:
+        left = options.budget - RESERVE - (time.monotonic() - begun)
         if left <= 1:
             runs.append({"part": part, "limit": 0.0, "seconds": 0.0, "exit_code": None, "cut": True})
             continue

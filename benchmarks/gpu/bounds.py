@@ -1,4 +1,5 @@
-"""What bounds a merge through a device: the host's copy, read and written as by a merge, and the link both ways at once.
+"""What bounds a merge through a device: the host's copy, as the engine reads and writes,
+and the link both ways at once.
 
 Either is the time for one merge's bytes: three parts that are read and go up, one that comes down and is written.
 """

@@ -22,21 +22,22 @@ PARTS = ("build", "conformance", "laws", "sanitizer", "kernels", "foreach", "pip
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.child", description=__doc__)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("parts", metavar="PART[,PART...]", help=f"of {','.join(PARTS)}")
     parser.add_argument("--on", choices=PLACES, default="cuda")
     parser.add_argument("--limit", type=float, required=True, help="seconds")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     clock = Clock(options.limit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: what was made is removed on the way
-    part = importlib.import_module(f"benchmarks.gpu.{options.part}")
     device = Device(options.on)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / f"{options.part}.jsonl").open("w", encoding="utf-8") as file:
-        for record in part.run(device, BY_PLACE[options.on], clock):
-            file.write(json.dumps(asdict(record)) + "\n")
-            file.flush()
-            print(line(record), flush=True)
+    for name in options.parts.split(","):
+        part = importlib.import_module(f"benchmarks.gpu.{name}")
+        with (options.out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for record in part.run(device, BY_PLACE[options.on], clock):
+                file.write(json.dumps(asdict(record)) + "\n")
+                file.flush()
+                print(line(record), flush=True)
     return 0
 
 

@@ -229,7 +229,7 @@ class Blocks:
         return out, out_scales, [int(n) for n in result[:3]]
 
     def in_torch(self) -> Any:
-        """Return the same steps in PyTorch, as a function of codes and scales: dequantise to binary32, add, quantise."""
+        """Return the steps in PyTorch, as a function of codes and scales: dequantise to binary32, add, quantise."""
         torch = self.device.torch
         down, across = (n // BLOCK for n in self.shape)
 
