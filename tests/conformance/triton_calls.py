@@ -24,6 +24,14 @@ def _skip(what: str) -> NoReturn:
     pytest.skip(f"the Triton kernels do not take {what}")
 
 
+def makes(output: Any) -> bool:
+    """Return whether the kernels make a ``reference_scaled.Output``."""
+    if output.recipe is None:
+        return output.codec in CODECS_READ
+    fits = output.recipe.rule in RULES_MADE and output.scale_dtype in SCALES_READ
+    return output.codec == "f8_e4m3" and fits and output.second is None
+
+
 def merge(new_base: DType, terms: Sequence[reference.Term], out: DType, tensor: tuple[Any, ...]) -> None:
     """Merge one tensor, its addresses as ``backends.triton.merge`` takes them."""
     types = {new_base, out, *(a.dtype for t in terms for a in (t.post, t.base))}
