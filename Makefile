@@ -9,7 +9,7 @@ SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc -name '*.?pp'
 CPP := $(shell find csrc benchmarks -name '*.?pp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mergekit lint format bench gpu experiments fuzz sanitize wheel sdist clean
+.PHONY: help demo test test-mergekit lint format reference bench gpu experiments fuzz sanitize wheel sdist clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -49,6 +49,9 @@ format: $(VENV)/.tools  ## Put every file into the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
+
+reference: $(VENV)/.package  ## Write docs/reference/ from the command line and the sources
+	$(BIN)/python docs/reference/generate.py
 
 bench: $(VENV)/.tools  ## Measure kernels and whole merges (README of benchmarks/ for the options)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)

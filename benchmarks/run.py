@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks import bound, machine, pooled, quantised, report, results, storage, sweeps, whole
 from benchmarks.results import Record
-from paramdelta.plan.request import parse_size
+from paramdelta.plan.values import parse_size
 
 RESULTS = Path(__file__).with_name("results")
 GROUPS = results.GROUPS

@@ -30,7 +30,9 @@ def folders(scratch: Path) -> data.Folders:
     return data.write_inputs(scratch / "in", SIZE)
 
 
-@pytest.mark.parametrize("name", ["paramdelta", "copy", "torch script", *mergekit.METHODS])
+@pytest.mark.parametrize(
+    "name", ["paramdelta", "copy", "torch script", *(f"mergekit {method}" for method in mergekit.METHODS)]
+)
 def test_merge(benchmark: Any, scratch: Path, folders: data.Folders, name: str) -> None:
     out, threads = scratch / "out", threads_allowed()
     make = {
@@ -38,7 +40,8 @@ def test_merge(benchmark: Any, scratch: Path, folders: data.Folders, name: str) 
         "copy": lambda: whole.copy(folders, out),
         "torch script": lambda: whole.torch_script(folders, out, threads),
     }
-    contender = make[name]() if name in make else whole.mergekit_merge(name, folders, out, threads)
+    method = name.removeprefix("mergekit ")
+    contender = make[name]() if name in make else whole.mergekit_merge(method, folders, out, threads)
     if contender.skipped:
         pytest.skip(contender.skipped)
     usages: list[process.Usage] = []

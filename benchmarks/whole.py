@@ -84,8 +84,9 @@ def mergekit_merge(method: str, folders: data.Folders, out: Path, threads: int) 
         return Contender(name, skipped=reason)
     config = out.with_name(f"{method}.yml")
     config.write_text(mergekit.configuration(method, folders))
-    command = mergekit.command(config, out, threads)
-    shown = " ".join(["mergekit-yaml", f"{method}.yml", "OUT", *command[3:]])
+    command = mergekit.command(method, config, out, threads)
+    program = "paramdelta-mergekit" if method == mergekit.OURS else "mergekit-yaml"
+    shown = " ".join([program, f"{method}.yml", "OUT", *command[command.index(str(out)) + 1 :]])
     return Contender(name, tuple(command), shown, mergekit.environment(threads))
 
 

@@ -1,9 +1,9 @@
 """Carry post-training over to another base: ``new_base + alpha · (post − base)`` over whole LLM checkpoints.
 
 ``merge`` writes a checkpoint folder, ``extract`` and ``apply`` do so in two steps with the delta as a folder between
-them, ``stream`` yields merged tensors without writing, ``ops`` merges arrays and tensors in memory, ``reference``
-states the arithmetic in NumPy. Importing this package imports none of them, and nothing in it imports torch until a
-torch tensor is passed in.
+them, ``recycle`` takes a delta from version to version of a base, ``stream`` yields merged tensors without writing,
+``ops`` merges arrays and tensors in memory, ``reference`` states the arithmetic in NumPy. Importing this package
+imports none of them, and nothing in it imports torch until a torch tensor is passed in.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from paramdelta.deltas import apply, extract
     from paramdelta.gathering import finalize
     from paramdelta.merging import merge
+    from paramdelta.recycling import recycle
     from paramdelta.report import MergeReport, SweepReport
     from paramdelta.streaming import stream
     from paramdelta.sweeping import interpolate, sweep
@@ -49,6 +50,7 @@ _LAZY = {
     "interpolate": "paramdelta.sweeping",
     "extract": "paramdelta.deltas",
     "apply": "paramdelta.deltas",
+    "recycle": "paramdelta.recycling",
     "MergeReport": "paramdelta.report",
     "SweepReport": "paramdelta.report",
     "ops": "",
@@ -77,6 +79,7 @@ __all__ = [
     "interpolate",
     "merge",
     "ops",
+    "recycle",
     "reference",
     "stream",
     "sweep",

@@ -102,9 +102,9 @@ class Journal:
         self.finished = Finished()
         lines, length = ([], 0) if restart else read_lines(self.path)
         if lines:
-            differences = _differences(lines[0], who, "")
-            if differences:
-                raise InputError(_refusal(folder, differences))
+            found = differences(lines[0], who)
+            if found:
+                raise InputError(_refusal(folder, found))
             self.finished = replay(lines[1:])
         with storage_errors(self.path, "cannot be written"):
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -189,9 +189,9 @@ def rank_journals(folder: Path) -> list[Path]:
 def check_same(path: Path, who: dict[str, Any], remedy: str = "") -> None:
     """Raise InputError where a journal speaks of another merge."""
     lines, _ = read_lines(path)
-    differences = _differences(lines[0], who, "") if lines else []
-    if differences:
-        raise InputError(_refusal(path.parent, differences, remedy))
+    found = differences(lines[0], who) if lines else []
+    if found:
+        raise InputError(_refusal(path.parent, found, remedy))
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -214,11 +214,12 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return documents, length
 
 
-def _differences(then: Any, now: Any, where: str) -> list[str]:
+def differences(then: Any, now: Any, where: str = "") -> list[str]:
+    """Return lines that say in which values two documents differ, ``now`` and what was written ``then``."""
     if isinstance(then, dict) and isinstance(now, dict):
         found: list[str] = []
         for key in sorted({*then, *now}):
-            found += _differences(then.get(key), now.get(key), f"{where}{'.' if where else ''}{shown(key)}")
+            found += differences(then.get(key), now.get(key), f"{where}{'.' if where else ''}{shown(key)}")
         return found
     if json.dumps(then) == json.dumps(now):
         return []
@@ -230,11 +231,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _refusal(folder: Path, differences: list[str], remedy: str = "") -> Complaint:
-    listed = "".join(f"\n      {line}" for line in differences[:_MOST_SHOWN])
-    more = f"\n      and {len(differences) - _MOST_SHOWN} more" if len(differences) > _MOST_SHOWN else ""
+def listed(lines: list[str]) -> str:
+    """Return the first of some lines, each indented on a line of its own, and how many more there are."""
+    more = [f"and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
+    return "".join(f"\n      {line}" for line in lines[:_MOST_SHOWN] + more)
+
+
+def _refusal(folder: Path, found: list[str], remedy: str = "") -> Complaint:
     return Complaint(
         str(folder),
-        f"holds an unfinished merge that differs from this one:{listed}{more}",
+        f"holds an unfinished merge that differs from this one:{listed(found)}",
         remedy or "repeat the command that was cut short to continue it; --restart discards it and begins anew",
     )

@@ -4,10 +4,10 @@ a third: the engine reads, hands over, and writes what comes back.
 The engine's slots, with their reads past the page cache, their bounded memory and their threads, are so of use to other
 arithmetic than ours:
 
-    def halfway(job):                                    # the mean of the three, whatever that is good for
-        (post, base, _alpha), = job.terms
-        values = [x.view(dtype.to_numpy()).astype("f4") for x, dtype in (post, base, job.new_base)]
-        job.out.array.view(job.out.dtype.to_numpy())[:] = sum(values) / 3
+    def halfway(job):                                    # called for every piece of a tensor
+        ((post, base, alpha),) = job.terms
+        values = [x.array.view(x.dtype.to_numpy()).astype("f4") for x in (post, job.new_base)]
+        job.out.array.view(job.out.dtype.to_numpy())[:] = (values[0] + values[1]) / 2
 
     for name, tensor in paramdelta.stream(post, base, new_base, kernel=halfway): ...
 """

@@ -114,7 +114,7 @@ def test_refusals() -> None:
 
 
 def test_choice_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends.names() == ("cpu", "cuda")
+    assert backends.names() == ("cpu", "cuda", "triton")
     assert backends.choose("merge", device="cpu") == "cpu"
     with pytest.raises(BackendError, match="backend 'cpu' has no merge on cuda memory"):
         backends.choose("merge", device="cuda", name="cpu")

@@ -21,6 +21,7 @@ LAYERS = [
     ("integrations",),
     ("cli",),
     ("demo",),
+    ("recycling",),
     ("mapping",),
     ("verification", "streaming", "deltas", "analysis"),
     ("recompute", "integrity"),

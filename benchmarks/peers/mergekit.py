@@ -10,7 +10,8 @@ from pathlib import Path
 from benchmarks.data import Folders
 
 VARIABLE = "PARAMDELTA_MERGEKIT"
-METHODS = ("linear", "task_arithmetic")
+OURS = "paramdelta"  # the method that paramdelta.integrations.mergekit registers
+METHODS = ("linear", "task_arithmetic", OURS)
 
 
 def executable() -> str | None:
@@ -31,9 +32,14 @@ def configuration(method: str, folders: Folders) -> str:
     """Return the configuration (YAML, of which JSON is a part) with float type bfloat16.
 
     ``linear`` takes all three with weights +1, +1, -1 and is the faster and the more exact; ``task_arithmetic`` is
-    what people write: deltas against new_base with weights +1 and -1.
+    what people write: deltas against new_base with weights +1 and -1. ``paramdelta`` is ours, run by mergekit.
     """
     post, base, new_base = (str(folder) for folder in folders)
+    if method == OURS:
+        models = [{"model": post}, {"model": base, "parameters": {"role": "base"}}]
+        return json.dumps(
+            {"merge_method": OURS, "base_model": new_base, "models": models, "dtype": "bfloat16"}, indent=1
+        )
     weighted = [
         {"model": post, "parameters": {"weight": 1.0}},
         {"model": base, "parameters": {"weight": -1.0}},
@@ -50,10 +56,13 @@ def configuration(method: str, folders: Folders) -> str:
     return json.dumps(content, indent=1)
 
 
-def command(config: Path, out: Path, threads: int) -> list[str]:
+def command(method: str, config: Path, out: Path, threads: int) -> list[str]:
     """Return the command line, with every option that makes it faster."""
+    start = [str(executable())]
+    if method == OURS:
+        start = [str(Path(start[0]).with_name("python")), "-m", "paramdelta.integrations.mergekit"]
     return [
-        str(executable()),
+        *start,
         str(config),
         str(out),
         "-j",

@@ -22,7 +22,7 @@ from paramdelta.analysis.tokens import token_findings
 from paramdelta.engine import EngineOptions
 from paramdelta.errors import Complaint, InputError
 from paramdelta.plan import Plan, make_plan, make_request, open_all
-from paramdelta.plan.request import matcher
+from paramdelta.plan.values import matcher
 
 if TYPE_CHECKING:
     from paramdelta.plan.deltas import Folders

@@ -168,7 +168,7 @@ def _check_folder(folder: Path, role: str) -> None:
         _fail(str(folder), f"{role} is a file; a checkpoint is a folder", f"name the folder: {folder.parent}")
     remedy = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        remedy = f"a model on the Hub is named by text, {str(folder)!r}, not by a Path"
+        remedy = f"a model on the Hub is named {str(folder)!r}, as text and with no path before it"
     _fail(str(folder), f"{role}: there is no such folder", remedy)
 
 

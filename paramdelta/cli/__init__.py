@@ -38,8 +38,8 @@ def main() -> NoReturn:
     as_json = "--json" in sys.argv[1:]
     try:
         code = cli.main(prog_name="paramdelta", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _end_interrupted()
+    except (click.exceptions.Abort, KeyboardInterrupt) as interrupted:
+        _end_interrupted(str(interrupted.__cause__ or interrupted))
     except ImportError as error:
         # An interrupt within the start of an extension module comes out as its failure; so does a lack of memory.
         if signals:
@@ -131,9 +131,13 @@ def error_document(error: ParamDeltaError) -> dict[str, Any]:
     }
 
 
-def _end_interrupted() -> NoReturn:
+def _end_interrupted(said: str = "") -> NoReturn:
+    """End as interrupted, with what the interrupted command has to say, or else with what is published and left."""
     from paramdelta.cli import render
 
+    if said:
+        render.say(f"interrupted: {said}", err=True)
+        os._exit(EXIT_INTERRUPTED)
     published = _folders("published")
     outcome = f"{', '.join(published)} is published, complete" if published else "nothing was published"
     left = _remains() or ["the temporary folder is removed"]

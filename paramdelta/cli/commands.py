@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paramdelta import __version__
-from paramdelta.cli import analysis, deltas, options, sweeps
+from paramdelta.cli import analysis, deltas, options, recycling, sweeps
 
 _EXAMPLES = """
 \b
@@ -147,6 +147,7 @@ def finalize(
 
 cli.add_command(sweeps.sweep)
 cli.add_command(sweeps.interpolate)
+cli.add_command(recycling.recycle)
 
 
 @cli.command(short_help="Say what a merge would do; write nothing.", epilog=_PLAN_EXAMPLES)

@@ -72,7 +72,7 @@ def extract(**arguments: Any) -> None:
     from paramdelta.cli import running
     from paramdelta.deltas import extract_request
 
-    running.run(extract_request, **arguments)
+    running.run(extract_request, done="extracted", **arguments)
 
 
 @click.command(short_help="Add deltas to a base.", epilog=_APPLY_EXAMPLES)

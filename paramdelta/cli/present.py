@@ -53,7 +53,7 @@ def merge_inputs(
 def engine_options(memory: str, **machine: Any) -> EngineOptions:
     """Return the engine's options, ``memory`` as ``auto`` or a size such as ``256MiB``, or raise InputError."""
     from paramdelta.engine import EngineOptions
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     size = None if memory == "auto" else parse_size(memory, option="--memory")
     try:
@@ -76,18 +76,18 @@ def rank_report(report: RankReport) -> None:
 
 def memory_bytes(memory: str) -> int | None:
     """Return the bytes that ``--memory`` spells, None for ``auto``. Raises InputError."""
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     return None if memory == "auto" else parse_size(memory, option="--memory")
 
 
-def merge_report(report: MergeReport) -> None:
-    """Print the table that closes a merge."""
+def merge_report(report: MergeReport, done: str = "merged") -> None:
+    """Print the table that closes a merge; ``done`` says what became of the tensors."""
     moved = report.bytes_read + report.bytes_written
     rows = [
         ("result", str(report.out)),
         ("parameters", f"{report.parameters:,} in {count(report.tensors, 'tensor')}, {count(report.files, 'file')}"),
-        ("tensors", tensor_summary(report.policies)),
+        ("tensors", tensor_summary(report.policies, done)),
         ("moved", f"{human_bytes(report.bytes_read)} read, {human_bytes(report.bytes_written)} written"),
         ("time", f"{human_seconds(report.seconds)}, {human_bytes(moved / max(report.engine_seconds, 1e-9))}/s"),
         (
@@ -106,7 +106,7 @@ def merge_report(report: MergeReport) -> None:
         rows.append(("not finite", f"{count(len(report.nonfinite), 'tensor')} (allowed)"))
     if report.policies.get("formats"):
         rows.append(("formats", _formats(report.policies)))
-    print_table("merged", rows)
+    print_table(done, rows)
     if report.quantised:
         _quantised_table(report)
 
@@ -160,10 +160,11 @@ def _quantised_table(report: MergeReport) -> None:
     print_columns(title, ("format", "weight", "error"), rows)
 
 
-def tensor_summary(policies: dict[str, Any]) -> str:
+def tensor_summary(policies: dict[str, Any], done: str = "merged") -> str:
     """Return the plan's counts of tensors by what happens to them: ``290 merged, 1 copied``."""
     counts = policies.get("tensors", {})
-    return ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items() if n) or "none"
+    words = {"merged": done}
+    return ", ".join(f"{n:,} {words.get(what, what).replace('_', ' ')}" for what, n in counts.items() if n) or "none"
 
 
 def vocabulary_rows(policies: dict[str, Any]) -> list[tuple[str, str]]:
@@ -224,7 +225,7 @@ def speeds(
 ) -> Speeds | None:
     """Return the speeds that options spell (``50GB/s``), None where there are none. Raises InputError."""
     from paramdelta.forecast import Speeds
-    from paramdelta.plan.request import parse_size
+    from paramdelta.plan.values import parse_size
 
     given = {"read": read, "write": write, "link": link, "memory": memory}
     wrong: list[Complaint] = []

@@ -28,9 +28,11 @@ def run(
     world_size: int | None,
     no_checksums: bool,
     dry_run: bool = False,
+    done: str = "merged",
     **request: Any,
 ) -> None:
-    """Carry out the request that ``make_request`` makes of the options ``request``, and show what came of it."""
+    """Carry out the request that ``make_request`` makes of the options ``request``, and show what came of it; ``done``
+    is the word for it."""
     from paramdelta import merging
     from paramdelta.cli import many, present, render
 
@@ -61,4 +63,4 @@ def run(
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
-        present.merge_report(report)
+        present.merge_report(report, done)

@@ -12,7 +12,8 @@ from paramdelta.errors import Complaint, shown
 from paramdelta.formats import GPT_OSS_SPELLING, Format
 from paramdelta.plan.naming import EMBEDDINGS, Names, grouped, is_head
 from paramdelta.plan.pairing import NONE, Kind, Pairing
-from paramdelta.plan.request import PLAIN_FORMATS, MergeRequest, matcher
+from paramdelta.plan.request import PLAIN_FORMATS, MergeRequest
+from paramdelta.plan.values import matcher
 
 # What consumers never expect quantised, whatever its shape: routers score experts with a handful of numbers.
 _NEVER = ("*norm*", "*.gate.weight", "*router*", "*embed*", "*.wte.weight", "*.wpe.weight")

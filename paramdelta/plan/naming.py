@@ -12,7 +12,8 @@ from paramdelta.checkpoint import Checkpoint
 from paramdelta.checkpoint.weights import Quantisation, QuantisedWeight
 from paramdelta.dtypes import DType
 from paramdelta.errors import Complaint, shown
-from paramdelta.plan.request import MergeRequest, Rename
+from paramdelta.plan.request import MergeRequest
+from paramdelta.plan.values import Rename
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")

@@ -17,7 +17,8 @@ from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.gathers import Gather
 from paramdelta.plan.naming import EMBEDDINGS, Names, is_head
 from paramdelta.plan.problems import Problems, by_role, complaints
-from paramdelta.plan.request import ROLES, MergeRequest, matcher
+from paramdelta.plan.request import ROLES, MergeRequest
+from paramdelta.plan.values import matcher
 
 # Tables with a row for each token, by name: input embeddings, per-layer ones too, output embeddings and their biases.
 _ROWS_OF_TOKENS = re.compile(

@@ -1,20 +1,27 @@
-"""What a user asks for: three folders, where the result goes, and the policies that decide what it holds. Spellings
-of the command line (globs, sizes, regular expressions) are read here, once, and complained about together."""
+"""What a user asks for: three folders, where the result goes, and the policies that decide what it holds. What is
+wrong with it is complained about together."""
 
 from __future__ import annotations
 
-import fnmatch
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from paramdelta.dtypes import MERGE_DTYPES, DType
+from paramdelta.dtypes import DType
 from paramdelta.errors import Complaint, PlanError, shown
 from paramdelta.plan.deltas import AlphaRule, Folders, Source, read_sources, roles_of, spelled_alphas
+from paramdelta.plan.values import (
+    Rename,
+    collected,
+    read_block,
+    read_choice,
+    read_dtype,
+    read_fraction,
+    read_renames,
+    read_size,
+    read_strings,
+)
 
 ROLES = ("post", "base", "new_base")
 KINDS = ("merge", "extract", "apply", "rebuild")
@@ -27,17 +34,6 @@ FORMATS = ("like-post", *PLAIN_FORMATS, "fp8-block", "fp8-channel", "fp8-tensor"
 SCALE_POLICIES = ("keep", "recompute")
 SCALE_TYPES = ("f32", "bf16", "ue8m0", "e8m0")
 ACTIVATION_SCALES = ("post", "new-base", "drop")
-_BLOCK = re.compile(r"\s*(\d{1,18})\s*(?:[x×,]\s*(\d{1,18})\s*)?", re.ASCII)
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kKMGT])(i?))?[bB]?\s*", re.ASCII)
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-@dataclass(frozen=True)
-class Rename:
-    """``re.sub(pattern, replacement, name)``, applied to the names of one checkpoint before pairing."""
-
-    pattern: str
-    replacement: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,39 +121,39 @@ class MergeRequest:
         Raises PlanError with all complaints.
         """
         wrong: list[Complaint] = []
-        first, *more = read_sources(post, base, alpha, _strings(alphas), wrong)
+        first, *more = read_sources(post, base, alpha, read_strings(alphas), wrong)
         request = cls(
             post=first.post,
             base=first.base,
             new_base=None if new_base is None else Path(new_base),
             out=None if out is None else Path(out),
-            kind=_choice("kind", kind, KINDS, wrong),
-            delta_dtype=_dtype("f32" if kind == "extract" and not lossless else None, wrong)
+            kind=read_choice("kind", kind, KINDS, wrong),
+            delta_dtype=read_dtype("f32" if kind == "extract" and not lossless else None, wrong)
             if delta_dtype is None
-            else _dtype(delta_dtype, wrong),
+            else read_dtype(delta_dtype, wrong),
             lossless=lossless,
             alphas=first.alphas,
             more=tuple(more),
-            include=_strings(include),
-            exclude=_strings(exclude),
-            copy_from=_choice("--copy-from", copy_from, COPY_FROM, wrong),
-            rename_post=_renames("--rename-post", rename_post, wrong),
-            rename_base=_renames("--rename-base", rename_base, wrong),
-            rename_new_base=_renames("--rename-new-base", rename_new_base, wrong),
-            vocab=_choice("--vocab", vocab, VOCAB, wrong),
+            include=read_strings(include),
+            exclude=read_strings(exclude),
+            copy_from=read_choice("--copy-from", copy_from, COPY_FROM, wrong),
+            rename_post=read_renames("--rename-post", rename_post, wrong),
+            rename_base=read_renames("--rename-base", rename_base, wrong),
+            rename_new_base=read_renames("--rename-new-base", rename_new_base, wrong),
+            vocab=read_choice("--vocab", vocab, VOCAB, wrong),
             tokenizer=_tokenizer(vocab, tokenizer, wrong),
-            dtype=_dtype(dtype, wrong),
-            stacks=_stacks(_strings(stacks), wrong),
-            format=None if format is None else _choice("--format", format, FORMATS, wrong),
-            block_size=_block(block_size, wrong),
-            scale_type=None if scale_type is None else _choice("--scale-type", scale_type, SCALE_TYPES, wrong),
-            no_quantise=_strings(no_quantise),
-            scale_policy=_choice("--scale-policy", scale_policy, SCALE_POLICIES, wrong),
-            activation_scales=_choice("--activation-scales", activation_scales, ACTIVATION_SCALES, wrong),
-            max_shard_size=_collected(lambda: _size(max_shard_size, "--max-shard-size"), wrong),
+            dtype=read_dtype(dtype, wrong),
+            stacks=_stacks(read_strings(stacks), wrong),
+            format=None if format is None else read_choice("--format", format, FORMATS, wrong),
+            block_size=read_block(block_size, wrong),
+            scale_type=None if scale_type is None else read_choice("--scale-type", scale_type, SCALE_TYPES, wrong),
+            no_quantise=read_strings(no_quantise),
+            scale_policy=read_choice("--scale-policy", scale_policy, SCALE_POLICIES, wrong),
+            activation_scales=read_choice("--activation-scales", activation_scales, ACTIVATION_SCALES, wrong),
+            max_shard_size=collected(lambda: read_size(max_shard_size, "--max-shard-size"), wrong),
             allow_unscaled=allow_unscaled,
             allow_nonfinite=allow_nonfinite,
-            max_quant_error=_fraction("--max-quant-error", max_quant_error, wrong),
+            max_quant_error=read_fraction("--max-quant-error", max_quant_error, wrong),
             overwrite=overwrite,
         )
         wrong += _format_complaints(request) + _kind_complaints(request)
@@ -235,73 +231,13 @@ class MergeRequest:
         }
 
 
-def parse_size(text: str, *, option: str) -> int:
-    """Return the bytes that ``5GB`` (5·10⁹), ``5GiB`` (5·2³⁰) or ``5000`` spell. Raises PlanError."""
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise PlanError(Complaint(option, f"expected a size such as 5GB or 512MiB, got {shown(repr(text))}"))
-    number, prefix, binary = match.groups()
-    value = int(Fraction(number) * (1024 if binary else 1000) ** _POWERS[(prefix or "").upper()])
-    if value < 1:
-        raise PlanError(Complaint(option, f"expected at least one byte, got {shown(repr(text))}"))
-    return value
-
-
-def matcher(globs: Iterable[str]) -> Callable[[str], bool]:
-    """Return a function that says whether a name matches one of ``globs`` (``*``, ``?``, ``[…]``; case counts)."""
-    patterns = [fnmatch.translate(glob) for glob in globs]
-    if not patterns:
-        return lambda name: False
-    compiled = re.compile("|".join(patterns))
-    return lambda name: compiled.match(name) is not None
-
-
-def _renames(option: str, values: Any, wrong: list[Complaint]) -> tuple[Rename, ...]:
-    renames = []
-    for value in [values] if isinstance(values, str) else values:
-        if isinstance(value, str):
-            pattern, equals, replacement = value.rpartition("=")  # a regex may hold "=", a name hardly
-            if not equals:
-                wrong.append(Complaint(option, f"expected REGEX=REPLACEMENT, got {shown(repr(value))}"))
-                continue
-        elif isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, str) for v in value):
-            pattern, replacement = value
-        else:
-            wrong.append(Complaint(option, f"expected a pair (regex, replacement), got {shown(repr(value))}"))
-            continue
-        try:
-            compiled = re.compile(pattern)
-            compiled.sub(replacement, "")
-        except (re.error, IndexError) as error:  # IndexError: a group name that the pattern lacks
-            wrong.append(Complaint(option, f"{shown(repr(value))} is no regular expression: {error}"))
-            continue
-        renames.append(Rename(pattern, replacement))
-    return tuple(renames)
-
-
-def _choice(option: str, value: str, choices: Sequence[str], wrong: list[Complaint]) -> str:
-    if value not in choices:
-        wrong.append(Complaint(option, f"expected one of {', '.join(choices)}, got {shown(repr(value))}"))
-    return value
-
-
 def _tokenizer(vocab: str, tokenizer: str | None, wrong: list[Complaint]) -> str | None:
     """Return whose tokenizer the output is to have, None where rows are not paired by token."""
     if vocab != "align" and tokenizer is not None:
         text = f"{shown(tokenizer)} chooses among tokenizers that give tokens other ids"
         wrong.append(Complaint("--tokenizer", text, "--vocab align pairs rows by token"))
         return None
-    return _choice("--tokenizer", tokenizer or "post", TOKENIZERS, wrong) if vocab == "align" else None
-
-
-def _dtype(value: str | DType | None, wrong: list[Complaint]) -> DType | None:
-    if value is None or isinstance(value, DType):
-        return value
-    found = next((d for d in MERGE_DTYPES if value in (d.name, d.safetensors)), None)
-    if found is None:
-        names = ", ".join(d.name for d in MERGE_DTYPES)
-        wrong.append(Complaint("--dtype", f"expected one of {names}, got {shown(repr(value))}"))
-    return found
+    return read_choice("--tokenizer", tokenizer or "post", TOKENIZERS, wrong) if vocab == "align" else None
 
 
 def _stacks(values: tuple[str, ...], wrong: list[Complaint]) -> tuple[tuple[str, str], ...]:
@@ -316,32 +252,6 @@ def _stacks(values: tuple[str, ...], wrong: list[Complaint]) -> tuple[tuple[str,
             expected = f"ROLE={'|'.join(STACKINGS)} with a role of post, base, new-base"
             wrong.append(Complaint("--stacks", f"expected {expected}, got {shown(repr(value))}"))
     return tuple(pairs)
-
-
-def _block(value: Any, wrong: list[Complaint]) -> tuple[int, int] | None:
-    """Read ``128x128``, ``32`` (a group along K) or a pair."""
-    if value is None:
-        return None
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        value = f"{value[0]}x{value[1]}"
-    match = _BLOCK.fullmatch(str(value))
-    if match is None or (sizes := [int(g) for g in match.groups() if g])[0] == 0:  # 1x0: scales of whole rows
-        wrong.append(Complaint("--block-size", f"expected ROWSxCOLS or a group size, got {shown(repr(value))}"))
-        return None
-    return (1, sizes[0]) if len(sizes) == 1 else (sizes[0], sizes[1])
-
-
-def _fraction(option: str, value: Any, wrong: list[Complaint]) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not number >= 0.0:
-        wrong.append(Complaint(option, f"expected a number such as 0.05, got {shown(repr(value))}"))
-        return None
-    return number
 
 
 def _format_complaints(request: MergeRequest) -> list[Complaint]:
@@ -390,23 +300,3 @@ def _kind_complaints(request: MergeRequest) -> list[Complaint]:
     if request.kind == "extract" and request.lossless and (request.delta_dtype or request.format):
         found.append(Complaint("--dtype", "a lossless delta is f32 or f64, as each tensor needs", "leave it out"))
     return found
-
-
-def _size(value: int | str | None, option: str) -> int | None:
-    return parse_size(str(value), option=option) if value is not None else None
-
-
-def _collected(make: Callable[[], int | None], wrong: list[Complaint]) -> int | None:
-    try:
-        return make()
-    except PlanError as error:
-        wrong += error.complaints
-        return None
-
-
-def _strings(values: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (values,) if isinstance(values, str) else tuple(values)
-    for value in strings:
-        if not isinstance(value, str):
-            raise PlanError(Complaint("request", f"expected a string, got {shown(repr(value))}"))
-    return strings

@@ -12,7 +12,8 @@ from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.naming import Names, grouped
 from paramdelta.plan.outputs import matrix_shape
 from paramdelta.plan.pairing import NONE, Further, Kind, Pairing, pair
-from paramdelta.plan.request import MergeRequest, matcher
+from paramdelta.plan.request import MergeRequest
+from paramdelta.plan.values import matcher
 
 _MERGED = (Kind.MERGED, Kind.EXTENDED)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +282,7 @@ def test_no_such_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     error = refusal(Path("Qwen/Qwen3-8B"))
     assert "post: there is no such folder" in str(error)
-    assert error.complaints[0].remedy == "a model on the Hub is named by text, 'Qwen/Qwen3-8B', not by a Path"
+    assert error.complaints[0].remedy.startswith("a model on the Hub is named 'Qwen/Qwen3-8B', as text")
     assert refusal(tmp_path / "absent").complaints[0].remedy == ""
     for odd in ("x" * 300, "a\0b"):
         assert len(refusal(tmp_path / odd).complaints) == 1
@@ -399,4 +398,3 @@ def test_a_folder_of_transformers(tmp_path: Path, size: str) -> None:
     assert stored(tmp_path) == expected
     assert checkpoint.notes == ()
     assert checkpoint.tied is False
-    shutil.rmtree(tmp_path)

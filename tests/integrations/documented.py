@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from pages import ROOT, blocks_of
 
-import paramdelta
-
-DOCUMENT = Path(paramdelta.__file__).resolve().parent.parent / "docs" / "integrations.md"
+DOCUMENT = ROOT / "docs" / "integrations.md"
 NAMES = {"post": "Llama-3-8B-Instruct", "base": "Llama-3-8B", "new_base": "Llama-3.1-8B"}
 
 
 def examples(section: str, language: str) -> list[str]:
     """Return the code of a section, block by block."""
     text = DOCUMENT.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    found = [block.code for block in blocks_of(text) if block.language == language]
     assert found, f"no {language} in {section}"
     return found

@@ -124,7 +124,7 @@ def test_the_documented_commands(models: dict[str, Path], tmp_path: Path) -> Non
     program = tmp_path / "paramdelta"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m paramdelta "$@"\n')
     program.chmod(0o755)
-    (script,) = examples("Models on the Hub", "sh")
+    (script,) = examples("Models on the Hub", "bash")
     with serving({named[name]: folder for name, folder in models.items() if name in named}) as served:
         environment = clean(served.url, tmp_path / "home") | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         done = subprocess.run(["bash", "-ec", script], env=environment, cwd=tmp_path, capture_output=True, check=False)

@@ -167,7 +167,7 @@ def test_the_documented_configuration(folders: dict[str, Path], tmp_path: Path) 
     for role, name in NAMES.items():
         (tmp_path / name).symlink_to(folders[role])
     (tmp_path / "merge.yaml").write_text(examples("mergekit", "yaml")[0])
-    program, *arguments = examples("mergekit", "sh")[0].split()
+    program, *arguments = examples("mergekit", "bash")[0].split()
     assert program == "paramdelta-mergekit"
     arguments.append("--no-write-model-card")  # for it mergekit asks the Hub whether these names are models there
     done = in_mergekit("-m", "paramdelta.integrations.mergekit", *arguments, at=tmp_path)

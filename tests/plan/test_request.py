@@ -7,7 +7,8 @@ import pytest
 
 from paramdelta.dtypes import BF16
 from paramdelta.errors import PlanError
-from paramdelta.plan.request import MergeRequest, matcher, parse_size
+from paramdelta.plan.request import MergeRequest
+from paramdelta.plan.values import matcher, parse_size
 
 
 def build(**options: object) -> MergeRequest:
