@@ -9,7 +9,7 @@ SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc -name '*.?pp'
 CPP := $(shell find csrc benchmarks -name '*.?pp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mergekit lint format reference bench experiments fuzz sanitize wheel sdist clean
+.PHONY: help demo test test-mergekit lint format reference bench gpu experiments fuzz sanitize wheel sdist clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -55,6 +55,13 @@ reference: $(VENV)/.package  ## Write docs/reference/ from the command line and 
 
 bench: $(VENV)/.tools  ## Measure kernels and whole merges (README of benchmarks/ for the options)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+gpu: $(VENV)/.gpu  ## On a machine with a GPU: build, check and measure everything there, in under 9 minutes
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+$(VENV)/.gpu: $(VENV)/.tools
+	PARAMDELTA_BUILD_CUDA=1 $(PIP) install --quiet --editable '.[triton]'
+	touch $@
 
 experiments: $(VENV)/.tools  ## Reproduce the papers' findings on small models: 25 minutes, resumable
 	$(BIN)/python -m experiments.run $(EXPERIMENT_ARGS)

@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -87,11 +89,7 @@ def mergekit_python(executable: str) -> Path:
 def describe_versions() -> dict[str, str | None]:
     """Return the versions of what runs: interpreter, packages, compiler, coreutils, and mergekit's packages."""
     found: dict[str, str | None] = {"python": platform.python_version(), "libc": " ".join(platform.libc_ver())}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    found |= versions_of(PACKAGES)
     compiler = bound.compiler()
     for name, command in (("compiler", compiler), ("cp", "cp")):
         found[name] = ((_output(command, "--version") if command else None) or "").partition("\n")[0] or None
@@ -105,6 +103,25 @@ def describe_versions() -> dict[str, str | None]:
         packages = json.loads(answer) if answer else {}
         found |= {f"mergekit: {name}": version for name, version in packages.items()}
     return found
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str | None]:
+    """Return the versions of packages, None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def cuda_versions() -> dict[str, str | None]:
+    """Return the versions of nvcc and of the driver, None where there is none."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    release = re.search(r"release [\d.]+, V([\d.]+)", _output(nvcc, "--version") or "")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"nvcc": release[1] if release else None, "driver": driver.splitlines()[0] if driver else None}
 
 
 def describe_commit() -> dict[str, Any]:

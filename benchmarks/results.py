@@ -17,6 +17,9 @@ from typing import Any
 SCHEMA = "paramdelta-benchmarks/2"
 READABLE = ("paramdelta-benchmarks/1", SCHEMA)  # 2 added counters and processor time, and took nothing away
 GROUPS = ("kernels", "merges", "storage", "sweeps", "quantised", "start", "many")
+GPU_GROUPS = tuple(
+    f"gpu-{part}" for part in ("build", "conformance", "laws", "sanitizer", "kernels", "foreach", "pipeline")
+)
 UNITS = ("B/s", "1/s", "s", "B", "1", "1/element")
 OURS = "paramdelta"
 
@@ -154,8 +157,8 @@ def _faults_of(record: Any) -> list[str]:
     if not isinstance(record, dict) or record.keys() != keys:
         return [f"expected exactly {sorted(keys)}"]
     faults = []
-    if record["group"] not in GROUPS:
-        faults.append(f"group: expected one of {GROUPS}, got {record['group']!r}")
+    if record["group"] not in GROUPS + GPU_GROUPS:
+        faults.append(f"group: expected one of {GROUPS + GPU_GROUPS}, got {record['group']!r}")
     if (record["skipped"] is None) != bool(record["metrics"]):
         faults.append("expected either metrics or the reason why it was skipped")
     for name, metric in record["metrics"].items():

@@ -1,4 +1,5 @@
-"""Calls of the CUDA kernels for the conformance suite: ``cuda`` on a device, ``cuda-host`` their bodies on the host."""
+"""Calls of the kernels for devices, for the conformance suite: ``cuda`` and ``triton`` on a device, ``cuda-host`` the
+bodies of the former on the host. In Triton's interpreter (TRITON_INTERPRET=1) ``triton`` takes the host's memory."""
 
 from __future__ import annotations
 
@@ -8,16 +9,18 @@ from typing import Any
 
 import cuda_on_host
 import numpy as np
+import triton_calls
 
 from paramdelta import backends, reference
+from paramdelta.backends import triton
 from paramdelta.dtypes import DType
 
-KERNELS = ("cuda-host", "cuda")
+KERNELS = ("cuda-host", "cuda", "triton")
 
 
 def why_not(kernels: str) -> str | None:
     """Return why these kernels cannot run here, or None."""
-    return cuda_on_host.why_not() if kernels == "cuda-host" else backends.why_not("cuda")
+    return cuda_on_host.why_not() if kernels == "cuda-host" else backends.why_not(kernels)
 
 
 def extension(kernels: str) -> ModuleType:
@@ -33,7 +36,7 @@ class Memory:
     """Arrays where the kernels see them. On a device each has a copy, as far behind a 64-byte boundary as itself."""
 
     def __init__(self, kernels: str) -> None:
-        self.on_host = kernels == "cuda-host"
+        self.on_host = kernels == "cuda-host" or (kernels == "triton" and triton.interpreted())
         self._copies: dict[int, tuple[np.ndarray[Any, Any], Any]] = {}
 
     def address(self, array: np.ndarray[Any, Any] | None) -> int:
@@ -73,14 +76,18 @@ def merge(
     memory = Memory(kernels)
     counts = np.zeros(3, np.uint64)
     pairs = [memory.address(a.codes) for t in terms for a in (t.post, t.base)]
-    extension(kernels).merge(
-        new_base=new_base.dtype.code,
-        terms=[(t.post.dtype.code, t.base.dtype.code, t.alpha) for t in terms],
-        out=dtype.code,
-        tensors=[(memory.address(new_base.codes), pairs, memory.address(out), count, memory.address(counts))],
-        device=0,
-        stream=0,
-    )
+    tensor = (memory.address(new_base.codes), pairs, memory.address(out), count, memory.address(counts))
+    if kernels == "triton":
+        triton_calls.merge(new_base.dtype, terms, dtype, tensor)
+    else:
+        extension(kernels).merge(
+            new_base=new_base.dtype.code,
+            terms=[(t.post.dtype.code, t.base.dtype.code, t.alpha) for t in terms],
+            out=dtype.code,
+            tensors=[tensor],
+            device=0,
+            stream=0,
+        )
     memory.fetch(out)
     memory.fetch(counts)
     nan, inf, overflow = (int(n) for n in counts)
@@ -92,7 +99,6 @@ def merge_scaled(
 ) -> tuple[int, int, int, bool, float, float, float]:
     """Merge matrices and return what ``_cpu.merge_scaled`` does. ``arrays`` are all memory that addresses lie in."""
     memory = Memory(kernels)
-    module = extension(kernels)
 
     def moved(address: int) -> int:
         for array in arrays:
@@ -110,6 +116,12 @@ def merge_scaled(
     job["terms"] = [(matrix(post), matrix(base), alpha) for post, base, alpha in job["terms"]]
     places = {name: (moved(job[name][0]), job[name][1]) for name in ("out", "out_scales") if name in job}
     rest = {name: value for name, value in job.items() if name not in places}
+    if kernels == "triton":
+        found = triton_calls.merge_scaled(memory, **rest, **places)
+        for array in written:
+            memory.fetch(array)
+        return found
+    module = extension(kernels)
     workspace = np.full(module.workspace_bytes(**rest) // 8 + 1, 0xA5A5A5A5, np.uint64)
     totals = np.zeros(module.TOTALS_BYTES // 8, np.uint64)
     module.merge_scaled(

@@ -117,6 +117,11 @@ def address(array: np.ndarray[Any, Any]) -> int:
     return start
 
 
+def _gap(kernels: str, nbytes: int) -> int:
+    """Return the bytes between rows: the Triton kernels want rows to begin with an element."""
+    return 8 if kernels == "triton" else nbytes
+
+
 def recipe_tuple(recipe: Recipe, scale_dtype: str) -> Any:
     return (
         CODECS.index(recipe.codec), BY_NAME[scale_dtype].code, RULES.index(recipe.rule), recipe.reciprocal,
@@ -149,7 +154,7 @@ def run(
     """Merge with the kernels. Operands are what Memory makes. Bytes around the output must stay as they are."""
     rows, cols = shape
     width = -(-cols * CODEC_BITS[output.codec] // 8)
-    out = np.full((rows + 1, width + 7), 0x5A, np.uint8)
+    out = np.full((rows + 1, width + _gap(kernels, 7)), 0x5A, np.uint8)
     scales = None
     options: dict[str, Any] = {}
     if output.recipe is None:
@@ -205,8 +210,8 @@ def check(
     want: Quantised | None = None,
 ) -> Ran:
     """Merge with the kernels and compare with the reference: codes, scales, counts, touched, amax."""
-    memory = Memory(new_base, gap=5)
-    pairs = [(Memory(t.post, gap=3), Memory(t.base), t.alpha) for t in terms]
+    memory = Memory(new_base, gap=_gap(kernels, 5))
+    pairs = [(Memory(t.post, gap=_gap(kernels, 3)), Memory(t.base), t.alpha) for t in terms]
     got = run(
         memory.tuple,
         [(post.tuple, base.tuple, alpha) for post, base, alpha in pairs],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import triton_calls
 from scaled_check import KINDS, Kind, Memory, check, equal, output_id, outputs, run, stored, weights
 
 from paramdelta import _cpu, formats, reference_scaled
@@ -19,6 +20,8 @@ def test_names_agree() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_codec_to_every_output(kernels: str, kind: Kind) -> None:
     for number, output in enumerate(outputs()):
+        if kernels == "triton" and not triton_calls.makes(output):
+            continue
         rng = np.random.default_rng([KINDS.index(kind), number])
         shape = (int(rng.integers(1, 140)), int(rng.integers(1, 600)))
         post, base, new_base = weights(rng, shape, (kind, kind, kind), 0.5)
@@ -151,6 +154,8 @@ def test_operands_of_zeros(kernels: str) -> None:
 
 def test_sums_of_errors(kernels: str) -> None:
     """Within a part in a thousand of what binary64 gives: they are for a report."""
+    if kernels == "triton":
+        pytest.skip("the Triton kernels sum up no errors")
     rng = np.random.default_rng(10)
     for output in (o for o in outputs() if o.recipe is not None and o.recipe.values == "f32"):
         post, base, new_base = weights(rng, (130, 600), (Kind("bf16"),) * 3)

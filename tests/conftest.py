@@ -8,4 +8,4 @@ from pathlib import Path
 import paramdelta
 
 if importlib.util.find_spec("paramdelta.kernels") is None:
-    paramdelta.__path__.append(str(Path(__file__).parents[2]))  # where the folder kernels/ lies
+    paramdelta.__path__.append(str(Path(__file__).parents[1]))  # where the folder kernels/ lies
