@@ -50,6 +50,8 @@ SANITIZERS = {
         _ADDRESS,
         (
             "test_engine.py",
+            "test_stages.py",
+            "test_variants.py",
             "test_storage.py",
             "conformance/test_crc32.py",
             "test_ops.py",
@@ -57,6 +59,7 @@ SANITIZERS = {
             "test_resuming.py",
             "test_publish.py",
             "conformance/test_ranges.py",
+            "conformance/test_gram.py",
             "conformance/test_scaled_formats.py",
             "quantised/test_mixes.py",
             "quantised/test_partly_merged.py",
@@ -69,6 +72,8 @@ SANITIZERS = {
         _THREAD,
         (
             "test_engine.py",
+            "test_stages.py",
+            "test_variants.py",
             "test_storage.py",
             "conformance/test_crc32.py",
             "test_scaled.py",
