@@ -65,7 +65,7 @@ $(VENV)/.gpu: $(VENV)/.tools
 	PARAMDELTA_BUILD_CUDA=1 $(PIP) install --quiet --editable '.[triton]'
 	touch $@
 
-experiments: $(VENV)/.tools  ## Reproduce the papers' findings on small models: 25 minutes, resumable
+experiments: $(VENV)/.tools  ## Reproduce the papers' findings on small models: half an hour, resumable
 	$(BIN)/python -m experiments.run $(EXPERIMENT_ARGS)
 
 fuzz: build/fuzz/venv/.ready  ## Fuzz header, folder, plan and engine for FUZZ_SECONDS=600; FUZZ_TARGETS picks some

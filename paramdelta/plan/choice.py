@@ -73,6 +73,7 @@ class _Chooser:
         like: Names | None = None
         if wanted is None:
             formats, like = self.own_formats(), self.new_base
+            self.refuse_half_bytes(formats)
         elif wanted == "like-post":
             formats, like = self.like_post(), self.post
         elif wanted == "plain" or wanted in PLAIN_FORMATS:
@@ -94,6 +95,18 @@ class _Chooser:
             for kind, row, there in zip(self.pairing.kinds, self.pairing.new_base, self.pairing.post, strict=True)
         ]
         return [None if weight is None else weight.format for weight in weights]
+
+    def refuse_half_bytes(self, formats: list[Format | None]) -> None:
+        """Complain about weights with deltas whose rows would end in half a byte of codes."""
+        odd = [
+            self.pairing.names[i]
+            for i, format_ in enumerate(formats)
+            if not self.whole_bytes(format_, i) and any(True for _ in self.pairing.deltas(i))
+        ]
+        if odd:
+            problem = f"{len(odd):,} weights have rows of an odd number of codes of four bits, which can be read only:"
+            remedy = "--format bf16 writes them plain; --exclude GLOB copies them from new_base"
+            self.wrong.append(Complaint("new_base", problem + grouped(odd), remedy))
 
     def stored_as(self, names: Names) -> list[Format | None]:
         """Return the format that a checkpoint has for each tensor of the output."""
@@ -155,7 +168,9 @@ class _Chooser:
             made = [template] * len(chosen)
         allowed = [is_chosen and self.allowed(i) for i, is_chosen in enumerate(chosen)]
         formats = [
-            (f if like is not None and f is stored[i] else self.made_anew(f, i)) if allowed[i] else None
+            (f if like is not None and f is stored[i] and self.whole_bytes(f, i) else self.made_anew(f, i))
+            if allowed[i]
+            else None
             for i, f in enumerate(made)
         ]
         unfit = [i for i, wanted in enumerate(allowed) if wanted and formats[i] is None]
@@ -220,11 +235,15 @@ class _Chooser:
         if len(shape) < 2 or template.spelling.of(name, "scale") is None:
             return None
         in_groups = template.rows == 1 and template.cols > 1
-        if (in_groups and shape[-1] % template.cols) or shape[-1] * template.bits % 8:
+        if (in_groups and shape[-1] % template.cols) or not self.whole_bytes(template, i):
             return None
         if self.pairing.kinds[i] == Kind.EXTENDED or not self.number(i):
             return None
         return template
+
+    def whole_bytes(self, format_: Format | None, i: int) -> bool:
+        """Whether rows of a tensor are whole bytes of codes: others can be read and copied, not made."""
+        return format_ is None or self.pairing.shapes[i][-1] * format_.bits % 8 == 0
 
     def made_anew(self, template: Format, i: int) -> Format | None:
         """Return the format for one tensor, None where it has to stay plain: stacks that no suffix tells apart from

@@ -27,6 +27,12 @@ PLANS = {
         "77296c7cd4417f7f7f7f7f7f7f2e19c2f3eee810c203bc4d4e2a16d6e672d300aeb6d2b115656cc7514ccd6ef8540595aff54e49ec2ffd"
         "a5a6ddddc72e76f2788f0922e969769a4f5ef386245fe45a2a"
     ),
+    "rows of an odd number of four-bit codes, in the format that is asked for": (
+        "022b72b9be860a09d014fa3e97042fea21c2675309afdeb90059ca9e40445d63022b72b9be860a09d014fa3e97042fea21c2675309afde"
+        "b90059ca9e40445da08ddc19a374a0308cafed8aa4ea00b78b1bc71250e399ccfaafb1efab8b9f20f12df53cba0346e3fe6d011644c730"
+        "5bbace4dd07f6dfad84a988e425d93a27063b0275d4bb5575c09f4ea2cdaa1fbfa1ba6056d5c7becb0275d4bb5575c09f4ea2cdaa1fbfa"
+        "1ba6056d5c7bec4bd3db"
+    ),
     "second scales of 0 and of a negative number, by which unlike scales divide to the same infinity": (
         "f8009f4d4d4d4d4d4d4d4d4d4dffffffffffffff1b4d4d4d4d4d4d4d4d4d4d4d4d4d284d4d4d4d4d4d4d4d4d009f4d4d4d4d4d4d4d4d4d"
         "4d4c000000000000004d4d4d4d4d4d4d4d4d4d4b4d4d4d4d4d8d"
