@@ -73,7 +73,6 @@ class _Chooser:
         like: Names | None = None
         if wanted is None:
             formats, like = self.own_formats(), self.new_base
-            self.refuse_half_bytes(formats)
         elif wanted == "like-post":
             formats, like = self.like_post(), self.post
         elif wanted == "plain" or wanted in PLAIN_FORMATS:
@@ -95,18 +94,6 @@ class _Chooser:
             for kind, row, there in zip(self.pairing.kinds, self.pairing.new_base, self.pairing.post, strict=True)
         ]
         return [None if weight is None else weight.format for weight in weights]
-
-    def refuse_half_bytes(self, formats: list[Format | None]) -> None:
-        """Complain about weights with deltas whose rows would end in half a byte of codes."""
-        odd = [
-            self.pairing.names[i]
-            for i, format_ in enumerate(formats)
-            if not self.whole_bytes(format_, i) and any(True for _ in self.pairing.deltas(i))
-        ]
-        if odd:
-            problem = f"{len(odd):,} weights have rows of an odd number of codes of four bits, which can be read only:"
-            remedy = "--format bf16 writes them plain; --exclude GLOB copies them from new_base"
-            self.wrong.append(Complaint("new_base", problem + grouped(odd), remedy))
 
     def stored_as(self, names: Names) -> list[Format | None]:
         """Return the format that a checkpoint has for each tensor of the output."""
@@ -242,7 +229,7 @@ class _Chooser:
         return template
 
     def whole_bytes(self, format_: Format | None, i: int) -> bool:
-        """Whether rows of a tensor are whole bytes of codes: others can be read and copied, not made."""
+        """Whether rows of a tensor are whole bytes of codes: post may have a format whose shape is not the output's."""
         return format_ is None or self.pairing.shapes[i][-1] * format_.bits % 8 == 0
 
     def made_anew(self, template: Format, i: int) -> Format | None:
