@@ -43,7 +43,7 @@ struct StageTable {
   int (*memory)(void* self, int workers, std::size_t slot_bytes, void** slab) = nullptr;
   // Before the workers start: all slots are cut from `slab`.
   int (*attach)(void* self, void* slab, int workers, std::size_t slot_bytes) = nullptr;
-  // When they have ended, also where one of the above failed.
+  // When they have ended; not where one of the above failed, which is to leave nothing behind.
   void (*detach)(void* self) = nullptr;
   // `counts`: one for each job, zeros at first.
   int (*merge)(void* self, int worker, const StageBatch* batch, Counts* counts) = nullptr;

@@ -111,26 +111,33 @@ std::byte* PinnedStage::memory(int workers, std::size_t slot_bytes) {
   const std::size_t bytes = slot_bytes * static_cast<std::size_t>(workers);
   void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  slab_ = {static_cast<std::byte*>(memory), Unmapper{bytes}};
+  slab_.reset();
+  std::unique_ptr<std::byte, Unmapper> slab(static_cast<std::byte*>(memory), Unmapper{bytes});
+  pinned_ = PinnedMemory(device_, memory, bytes);
+  slab_ = std::move(slab);
   workers_ = workers;
   slot_bytes_ = slot_bytes;
-  pinned_ = PinnedMemory(device_, memory, bytes);
   return slab_.get();
 }
 
 void PinnedStage::attach(std::byte* slab, int workers, std::size_t slot_bytes) {
-  in_use_ = true;
-  if (!lanes_.empty()) return;
-  for (int i = 0; i < workers; ++i) {
+  std::vector<Lane> lanes;
+  for (int i = 0; lanes_.empty() && i < workers; ++i) {
     Lane lane;
     lane.slot = slab + static_cast<std::size_t>(i) * slot_bytes;
     lane.memory = DeviceMemory(device_, slot_bytes + 2 * kLine);
     lane.queue = Queue(device_);
-    lanes_.push_back(std::move(lane));
+    lanes.push_back(std::move(lane));
   }
+  if (lanes_.empty()) lanes_ = std::move(lanes);
+  in_use_ = true;
 }
 
-void PinnedStage::detach() noexcept { in_use_ = false; }
+void PinnedStage::detach() noexcept {
+  if (failed_) lanes_.clear();  // copies may be under way still, into slots that the next run will fill
+  failed_ = false;
+  in_use_ = false;
+}
 
 void PinnedStage::merge(int worker, const StageBatch& batch, Counts* counts) {
   Lane& lane = lanes_.at(static_cast<std::size_t>(worker));
@@ -234,6 +241,7 @@ const std::string& PinnedStage::error_of(int worker) const {
 }
 
 void PinnedStage::set_error(int worker, std::string text) {
+  if (worker >= 0) failed_ = true;
   (worker < 0 ? error_ : lanes_.at(static_cast<std::size_t>(worker)).error) = std::move(text);
 }
 

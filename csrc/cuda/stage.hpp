@@ -4,6 +4,7 @@
 // workers, and its memory, on both sides, workers × slot size.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -57,6 +58,7 @@ class PinnedStage {
 
   const int device_;
   bool in_use_ = false;
+  std::atomic<bool> failed_{false};
   int workers_ = 0;
   std::size_t slot_bytes_ = 0;
   // Both kept from one run to the next: locking pages takes as long as copying them.

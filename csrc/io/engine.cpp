@@ -76,15 +76,10 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
   if (capacity < 4096 * static_cast<std::size_t>(work_.max_operands()))
     throw std::invalid_argument("slots of " + std::to_string(options_.slot_bytes) + " bytes are too small");
   cursor_.emplace(work_, capacity, options_.slot_bytes);
+  slab_ = stage_->memory(options_.threads, options_.slot_bytes);
+  if (slab_ == nullptr) own_slab_.reset(slab_ = map_slab(own_slab_.get_deleter().bytes));
+  stage_->attach(slab_, options_.threads, options_.slot_bytes);
   attached_ = true;
-  try {
-    slab_ = stage_->memory(options_.threads, options_.slot_bytes);
-    if (slab_ == nullptr) own_slab_.reset(slab_ = map_slab(own_slab_.get_deleter().bytes));
-    stage_->attach(slab_, options_.threads, options_.slot_bytes);
-  } catch (...) {
-    stage_->detach();
-    throw;
-  }
 }
 
 Engine::~Engine() {
