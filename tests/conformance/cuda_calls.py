@@ -1,9 +1,12 @@
-"""Calls of the kernels for devices, for the conformance suite: ``cuda`` and ``triton`` on a device, ``cuda-host`` the
-bodies of the former on the host. In Triton's interpreter (TRITON_INTERPRET=1) ``triton`` takes the host's memory."""
+"""Calls of the kernels for devices, for the conformance suite: ``cuda`` and ``triton`` on a device; ``cuda-host`` the
+bodies of the former compiled for the host, ``cuda-ptx`` what nvcc makes of them on an emulated device (tests/emulation).
+In Triton's interpreter (TRITON_INTERPRET=1) ``triton`` takes the host's memory."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,21 +18,41 @@ from paramdelta import backends, reference
 from paramdelta.backends import triton
 from paramdelta.dtypes import DType
 
-KERNELS = ("cuda-host", "cuda", "triton")
+sys.path.append(str(Path(__file__).parents[1] / "emulation"))
+import emulated_cuda  # noqa: E402
+
+KERNELS = ("cuda-host", "cuda-ptx", "cuda", "triton")
+BUILDS = {"cuda-host": cuda_on_host, "cuda-ptx": emulated_cuda}
 
 
 def why_not(kernels: str) -> str | None:
     """Return why these kernels cannot run here, or None."""
-    return cuda_on_host.why_not() if kernels == "cuda-host" else backends.why_not(kernels)
+    return BUILDS[kernels].why_not() if kernels in BUILDS else backends.why_not(kernels)
 
 
 def extension(kernels: str) -> ModuleType:
     """Return the module of these kernels."""
-    if kernels == "cuda-host":
-        return cuda_on_host.module()
+    if kernels in BUILDS:
+        return BUILDS[kernels].module()
     from paramdelta import _cuda
 
     return _cuda  # type: ignore[no-any-return]
+
+
+class TorchCopy:
+    """Bytes in the memory of a device, `behind` bytes behind a 64-byte boundary."""
+
+    def __init__(self, data: bytes, behind: int) -> None:
+        import torch
+
+        self._room = torch.empty(len(data) + 128, dtype=torch.uint8, device="cuda")
+        start = -self._room.data_ptr() % 64 + behind
+        self._copy = self._room[start : start + len(data)]
+        self._copy.copy_(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
+        self.address = int(self._copy.data_ptr())
+
+    def fetch(self) -> bytes:
+        return bytes(self._copy.cpu().numpy().tobytes())
 
 
 class Memory:
@@ -37,6 +60,7 @@ class Memory:
 
     def __init__(self, kernels: str) -> None:
         self.on_host = kernels == "cuda-host" or (kernels == "triton" and triton.interpreted())
+        self._make = emulated_cuda.Copy if kernels == "cuda-ptx" else TorchCopy
         self._copies: dict[int, tuple[np.ndarray[Any, Any], Any]] = {}
 
     def address(self, array: np.ndarray[Any, Any] | None) -> int:
@@ -46,22 +70,15 @@ class Memory:
         here = int(array.__array_interface__["data"][0])
         if self.on_host:
             return here
-        import torch
-
         if here not in self._copies:
-            data = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
-            room = torch.empty(data.numel() + 128, dtype=torch.uint8, device="cuda")
-            start = -room.data_ptr() % 64 + here % 64
-            copy = room[start : start + data.numel()]
-            copy.copy_(data)
-            self._copies[here] = (array, copy)
-        return int(self._copies[here][1].data_ptr())
+            self._copies[here] = (array, self._make(array.tobytes(), here % 64))
+        return int(self._copies[here][1].address)
 
     def fetch(self, array: np.ndarray[Any, Any]) -> None:
         """Bring back what the kernels wrote to an array."""
         if not self.on_host:
             copy = self._copies[int(array.__array_interface__["data"][0])][1]
-            array.reshape(-1).view(np.uint8)[...] = copy.cpu().numpy()
+            array.reshape(-1).view(np.uint8)[...] = np.frombuffer(copy.fetch(), np.uint8)
 
 
 def merge(

@@ -1,0 +1,275 @@
+"""The emulated GPU itself: every instruction that a definition of its own can be written for, memory as it is checked,
+threads that wait for each other. Definitions are Python's integers and NumPy's floating point."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import emulated_cuda
+import ptx
+import translate
+
+pytestmark = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
+
+HEAD = ".version 9.0\n.target sm_90\n.address_size 64\n.extern .shared .align 16 .b8 memory[];\n"
+THREADS = 256
+INTEGERS = [0, 1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 255, 0x7F80, 0x8000, 0xFFFF, 0x12345678, 0x7FFFFFFF, 0x80000000]
+INTEGERS += [0xFFFFFFFF, 0x0123456789ABCDEF, 0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x5410, 0xBA98]
+FLOATS = [0.0, -0.0, 1.0, -1.0, 1.5, 2.5, -2.5, 3e-39, -3e-39, 1e38, 3e38, -3e38, 2.0**-149, math.inf, -math.inf]
+FLOATS += [math.nan, 1 / 3, 0.1, 2147483647.0, 2147483648.0, -2147483649.0, 4294967296.0, 1e300, 5e-324, 1 + 2.0**-24]
+
+
+def signed(x: int, width: int) -> int:
+    x &= (1 << width) - 1
+    return x - (1 << width) if x >> (width - 1) else x
+
+
+def bfe(a: int, position: int, length: int, width: int, sign: bool) -> int:
+    position, length = position & 255, length & 255
+    bits = [(a >> min(i, width - 1) if sign else a >> i if i < width else 0) & 1 for i in range(position, position + length)]
+    value = sum(bit << i for i, bit in enumerate(bits[:width]))
+    return value | -(1 << min(length, width)) if sign and length and bits[min(length, width) - 1] else value
+
+
+def prmt(a: int, b: int, c: int) -> int:
+    source = [(b << 32 | a) >> 8 * i & 255 for i in range(8)]
+    picked = [(source[s & 7], s >> 3) for s in (c >> 4 * i & 15 for i in range(4))]
+    return sum((byte if not spread else 255 * (byte >> 7)) << 8 * i for i, (byte, spread) in enumerate(picked))
+
+
+def bfi(a: int, b: int, position: int, length: int) -> int:
+    mask = ((1 << (length & 255)) - 1) << (position & 255) & 0xFFFFFFFF
+    return ((a << (position & 255)) & mask) | (b & ~mask)
+
+
+def to_integer(x: float, width: int) -> int:
+    if math.isnan(x):
+        return 0
+    least, most = -(1 << (width - 1)), (1 << (width - 1)) - 1
+    return max(least, min(most, int(x))) if math.isfinite(x) else least if x < 0 else most
+
+
+def extreme(a: float, b: float, pick: Callable[[float, float], float]) -> float:
+    if math.isnan(a) or math.isnan(b):
+        return b if math.isnan(a) else a
+    if a == b:
+        return a if (math.copysign(1, a) < 0) == (pick is min) else b
+    return pick(a, b)
+
+
+# The instruction, with %a, %b, %c for operands and %d for the result; the type of operands; that of the result; what it is.
+INSTRUCTIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "add.s32 %d, %a, %b": ("b32", "b32", lambda a, b, c: a + b),
+    "sub.s64 %d, %a, %b": ("b64", "b64", lambda a, b, c: a - b),
+    "mul.lo.s32 %d, %a, %b": ("b32", "b32", lambda a, b, c: a * b),
+    "mul.hi.u32 %d, %a, %b": ("b32", "b32", lambda a, b, c: a * b >> 32),
+    "mul.hi.s64 %d, %a, %b": ("b64", "b64", lambda a, b, c: signed(a, 64) * signed(b, 64) >> 64),
+    "mul.wide.u32 %d, %a, %b": ("b32", "b64", lambda a, b, c: a * b),
+    "mul.wide.s32 %d, %a, %b": ("b32", "b64", lambda a, b, c: signed(a, 32) * signed(b, 32)),
+    "mad.lo.s32 %d, %a, %b, %c": ("b32", "b32", lambda a, b, c: a * b + c),
+    "min.s32 %d, %a, %b": ("b32", "b32", lambda a, b, c: min(signed(a, 32), signed(b, 32))),
+    "max.u64 %d, %a, %b": ("b64", "b64", lambda a, b, c: max(a, b)),
+    "shl.b32 %d, %a, %b": ("b32", "b32", lambda a, b, c: a << b if b < 32 else 0),
+    "shr.u32 %d, %a, %b": ("b32", "b32", lambda a, b, c: a >> b if b < 32 else 0),
+    "shr.s32 %d, %a, %b": ("b32", "b32", lambda a, b, c: signed(a, 32) >> min(b, 31)),
+    "bfe.u32 %d, %a, %b, %c": ("b32", "b32", lambda a, b, c: bfe(a, b, c, 32, False)),
+    "bfe.s32 %d, %a, %b, %c": ("b32", "b32", lambda a, b, c: bfe(a, b, c, 32, True)),
+    "bfi.b32 %d, %a, %b, %c, 5": ("b32", "b32", lambda a, b, c: bfi(a, b, c, 5)),
+    "prmt.b32 %d, %a, %b, %c": ("b32", "b32", prmt),
+    "lop3.b32 %d, %a, %b, %c, 0xEA": ("b32", "b32", lambda a, b, c: (a & b) | c),
+    "shf.l.wrap.b32 %d, %a, %b, %c": ("b32", "b32", lambda a, b, c: ((b << 32 | a) << (c & 31)) >> 32),
+    "shf.r.wrap.b32 %d, %a, %b, %c": ("b32", "b32", lambda a, b, c: (b << 32 | a) >> (c & 31)),
+    "popc.b32 %d, %a": ("b32", "b32", lambda a, b, c: a.bit_count()),
+    "clz.b32 %d, %a": ("b32", "b32", lambda a, b, c: 32 - a.bit_length()),
+    "not.b64 %d, %a": ("b64", "b64", lambda a, b, c: ~a),
+    "div.s32 %d, %a, 7": ("b32", "b32", lambda a, b, c: int(signed(a, 32) / 7)),
+    "rem.u32 %d, %a, 7": ("b32", "b32", lambda a, b, c: a % 7),
+    "cvt.s64.s32 %d, %a": ("b32", "b64", lambda a, b, c: signed(a, 32)),
+    "cvt.u64.u32 %d, %a": ("b32", "b64", lambda a, b, c: a),
+    "cvt.rn.f32.s32 %d, %a": ("b32", "f32", lambda a, b, c: np.float32(signed(a, 32))),
+    "cvt.rzi.s32.f32 %d, %a": ("f32", "b32", lambda a, b, c: to_integer(float(a), 32)),
+    "cvt.rn.f32.f64 %d, %a": ("f64", "f32", lambda a, b, c: np.float32(a)),
+    "cvt.f64.f32 %d, %a": ("f32", "f64", lambda a, b, c: np.float64(a)),
+    "add.rn.f32 %d, %a, %b": ("f32", "f32", lambda a, b, c: a + b),
+    "mul.rn.f64 %d, %a, %b": ("f64", "f64", lambda a, b, c: a * b),
+    "div.rn.f32 %d, %a, %b": ("f32", "f32", lambda a, b, c: a / b),
+    "min.f32 %d, %a, %b": ("f32", "f32", lambda a, b, c: np.float32(extreme(float(a), float(b), min))),
+    "max.f64 %d, %a, %b": ("f64", "f64", lambda a, b, c: np.float64(extreme(float(a), float(b), max))),
+    "abs.f32 %d, %a": ("f32", "f32", lambda a, b, c: abs(a)),
+    "neg.f64 %d, %a": ("f64", "f64", lambda a, b, c: -a),
+}
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a < b or a > b, "lt": lambda a, b: a < b, "ge": lambda a, b: a >= b,
+    "equ": lambda a, b: not (a < b or a > b), "neu": lambda a, b: a != b, "ltu": lambda a, b: not a >= b,
+    "gtu": lambda a, b: not a <= b, "leu": lambda a, b: not a > b, "geu": lambda a, b: not a < b,
+    "num": lambda a, b: a == a and b == b, "nan": lambda a, b: a != a or b != b,
+}  # fmt: skip
+for name, holds in COMPARISONS.items():
+    INSTRUCTIONS[f"setp.{name}.f32 %p, %a, %b; selp.b32 %d, 1, 0, %p"] = ("f32", "b32", lambda a, b, c, h=holds: int(h(a, b)))
+
+TYPES = {"b32": np.uint32, "b64": np.uint64, "f32": np.float32, "f64": np.float64}
+PREFIX = {"b32": "%r", "b64": "%rd", "f32": "%f", "f64": "%fd"}
+
+
+def kernel(name: str, text: str, taken: str, given: str) -> str:
+    """Return a kernel that does an instruction to the elements of its threads."""
+    size, out = (np.dtype(TYPES[t]).itemsize for t in (taken, given))
+    registers = {f"%{letter}": f"{PREFIX[taken]}{i}" for i, letter in enumerate("abc", 1)} | {"%d": f"{PREFIX[given]}9"}
+    body = re.sub(r"%[abcd]\b", lambda match: registers[match[0]], text).replace("%p", "%p1")
+    loads = "".join(f"ld.global.{taken} {PREFIX[taken]}{i}, [%rd3{i}];\n" for i in (1, 2, 3))
+    places = "".join(
+        f"ld.param.u64 %rd2{i}, [{name}_param_{i - 1}]; mad.wide.u32 %rd3{i}, %r20, {size if i < 4 else out}, %rd2{i};\n"
+        for i in (1, 2, 3, 4)
+    )
+    parameters = ", ".join(f".param .u64 {name}_param_{i}" for i in range(4))
+    return (
+        f".visible .entry {name}({parameters}) {{\n"
+        ".reg .pred %p<4>; .reg .b32 %r<40>; .reg .b64 %rd<40>; .reg .f32 %f<10>; .reg .f64 %fd<10>;\n"
+        f"mov.u32 %r20, %tid.x;\n{places}{loads}{body};\nst.global.{given} [%rd34], {PREFIX[given]}9;\nret;\n}}\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    text = HEAD + "".join(kernel(f"k{i}", each, *types[:2]) for i, (each, types) in enumerate(INSTRUCTIONS.items()))
+    emulated_cuda.library()
+    target = tmp_path_factory.mktemp("kernels") / "instructions.so"
+    emulated_cuda.compile_ptx(text + PROGRAMS, target)
+    ctypes.CDLL(str(target))
+
+
+def launch(name: str, *addresses: int, threads: int = THREADS, shared: int = 0) -> int:
+    values = [ctypes.c_uint64(a) for a in addresses]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+    code: int = emulated_cuda.library().emulated_launch(name.encode(), 1, threads, ctypes.c_size_t(shared), pointers)
+    return code
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_instructions_do_what_they_are_defined_to_do(kernels: None, instruction: str) -> None:
+    taken, given, definition = INSTRUCTIONS[instruction]
+    rng = np.random.default_rng(7)
+    if taken.startswith("f"):
+        with np.errstate(over="ignore"):
+            values = np.array(FLOATS).astype(TYPES[taken])
+    else:
+        width = int(taken[1:])
+        values = np.array([x & ((1 << width) - 1) for x in INTEGERS], TYPES[taken])
+    operands = [rng.choice(values, THREADS) for _ in range(3)]
+    copies = [emulated_cuda.Copy(a.tobytes(), 0) for a in operands]
+    out = emulated_cuda.Copy(bytes(THREADS * np.dtype(TYPES[given]).itemsize), 0)
+    number = list(INSTRUCTIONS).index(instruction)
+    assert launch(f"k{number}", *(c.address for c in (*copies, out))) == 0
+    found = np.frombuffer(out.fetch(), TYPES[given])
+    with np.errstate(all="ignore"):
+        for *triple, value in zip(*operands, found, strict=True):
+            expected = definition(*(x if taken.startswith("f") else int(x) for x in triple))
+            if given.startswith("f"):
+                same = value.tobytes() == TYPES[given](expected).tobytes() or (math.isnan(value) and math.isnan(expected))
+            else:
+                same = int(value) == int(expected) & ((1 << int(given[1:])) - 1)
+            assert same, f"{instruction}: {triple} gives {value}, expected {expected}"
+
+
+PROGRAMS = """
+.visible .entry wide(.param .u64 wide_param_0) { .reg .b64 %rd<3>; .reg .b32 %r<5>;
+ld.param.u64 %rd1, [wide_param_0]; ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1]; st.global.v4.u32 [%rd1], {%r4, %r3, %r2, %r1}; ret; }
+.visible .entry local(.param .u64 local_param_0) { .local .align 8 .b8 depot[16]; .reg .b64 %rd<5>; .reg .b32 %r<5>;
+mov.u64 %rd1, depot; st.local.u32 [%rd1+4], 7; cvta.local.u64 %rd2, %rd1; ld.u32 %r1, [%rd2+4];
+ld.param.u64 %rd3, [local_param_0]; st.global.u32 [%rd3], %r1; ret; }
+.visible .entry shared(.param .u64 shared_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>; .reg .pred %p<3>;
+mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; mov.u32 %r3, memory; add.s32 %r4, %r3, %r2; st.shared.u32 [%r4], %r1;
+bar.sync 0; xor.b32 %r5, %r2, 1020; ld.shared.u32 %r6, [%r5]; ld.param.u64 %rd1, [shared_param_0];
+mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; st.global.u32 [%rd3], %r6; ret; }
+.visible .entry racing(.param .u64 racing_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>;
+mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; st.shared.u32 [%r2], %r1; xor.b32 %r5, %r2, 1020; ld.shared.u32 %r6, [%r5];
+ld.param.u64 %rd1, [racing_param_0]; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; st.global.u32 [%rd3], %r6; ret; }
+.visible .entry waiting(.param .u64 waiting_param_0) { .reg .b32 %r<5>; .reg .pred %p<3>;
+mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 0; @%p1 bra $end; shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1; $end: bar.sync 0; ret; }
+.visible .entry sums(.param .u64 sums_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>; .reg .f64 %fd<3>;
+ld.param.u64 %rd1, [sums_param_0]; mov.u32 %r1, %tid.x; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1; sub.s32 %r3, %r2, %r1;
+abs.s32 %r4, %r3; atom.global.add.u32 %r5, [%rd1], %r4; redux.sync.add.s32 %r6, %r1, -1; atom.global.max.u32 %r7, [%rd1+4], %r6;
+cvt.rn.f64.u32 %fd1, %r1; atom.global.add.f64 %fd2, [%rd1+8], %fd1; ret; }
+"""
+
+
+@pytest.fixture
+def device(kernels: None) -> Iterator[Any]:
+    yield emulated_cuda.library()
+    emulated_cuda.library().emulated_reset()
+
+
+def message(device: Any, code: int) -> str:
+    return str(device.cudaGetErrorString(code).decode())
+
+
+@pytest.mark.parametrize(("behind", "size", "text"), [(0, 16, ""), (8, 16, "misaligned"), (0, 15, "no allocation has")])
+def test_accesses_are_of_allocated_memory_and_aligned(device: Any, behind: int, size: int, text: str) -> None:
+    memory = emulated_cuda.Copy(bytes(range(size)), behind)
+    code = launch("wide", memory.address, threads=1)
+    assert (code != 0) == bool(text)
+    assert text in message(device, code)
+    assert (memory.fetch() == bytes(range(size))) == bool(text)
+
+
+def test_memory_that_is_freed_is_nobodys(device: Any) -> None:
+    memory = emulated_cuda.Copy(bytes(16), 0)
+    address = memory.address
+    assert launch("wide", address, threads=1) == 0
+    del memory
+    assert launch("wide", address, threads=1) == 700
+
+
+def test_a_functions_own_memory(device: Any) -> None:
+    out = emulated_cuda.Copy(bytes(4), 0)
+    assert launch("local", out.address, threads=1) == 0
+    assert out.fetch() == b"\x07\0\0\0"
+
+
+def test_barriers_hold_and_their_absence_shows(device: Any) -> None:
+    expected = np.arange(THREADS, dtype=np.uint32) ^ 255
+    out = emulated_cuda.Copy(bytes(4 * THREADS), 0)
+    assert launch("shared", out.address, shared=4 * THREADS) == 0
+    assert np.array_equal(np.frombuffer(out.fetch(), np.uint32), expected)
+    assert launch("racing", out.address, shared=4 * THREADS) == 0
+    assert not np.array_equal(np.frombuffer(out.fetch(), np.uint32), expected)
+
+
+def test_shared_memory_ends_where_a_launch_says(device: Any) -> None:
+    out = emulated_cuda.Copy(bytes(4 * THREADS), 0)
+    code = launch("shared", out.address, shared=4 * THREADS - 4)
+    assert "of shared memory, of which there are 1020" in message(device, code)
+
+
+def test_threads_that_wait_for_ever_are_told(device: Any) -> None:
+    assert "for ever" in message(device, launch("waiting", 0, threads=64))
+
+
+def test_threads_together(device: Any) -> None:
+    out = emulated_cuda.Copy(bytes(16), 0)
+    assert launch("sums", out.address) == 0
+    distances, largest = np.frombuffer(out.fetch()[:8], np.uint32)
+    assert (distances, largest) == (16 * THREADS, sum(range(THREADS - 32, THREADS)))
+    assert np.frombuffer(out.fetch()[8:], np.float64)[0] == sum(range(THREADS))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    ["add.ftz.f32 %f1, %f1, %f1", "div.full.f32 %f1, %f1, %f1", "ex2.approx.f32 %f1, %f1", "cvt.rz.f32.f64 %f1, %fd1",
+     "bar.sync 1, 32", "wgmma.fence", "cvt.rn.bf16.f32 %rs1, %f1"],
+)  # fmt: skip
+def test_what_is_not_known_is_refused(refused: str) -> None:
+    registers = ".reg .f32 %f<3>; .reg .f64 %fd<3>; .reg .b16 %rs<3>;"
+    with pytest.raises(ValueError, match=re.escape(refused)):
+        translate.translate(ptx.read(f"{HEAD}.visible .entry k() {{ {registers} {refused}; ret; }}"))
