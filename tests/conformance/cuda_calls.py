@@ -4,6 +4,7 @@ In Triton's interpreter (TRITON_INTERPRET=1) ``triton`` takes the host's memory.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from paramdelta.dtypes import DType
 
 sys.path.append(str(Path(__file__).parents[1] / "emulation"))
 import emulated_cuda  # noqa: E402
+import emulated_triton  # noqa: E402
 
-KERNELS = ("cuda-host", "cuda-ptx", "cuda", "triton")
-BUILDS = {"cuda-host": cuda_on_host, "cuda-ptx": emulated_cuda}
+KERNELS = ("cuda-host", "cuda-ptx", "cuda", "triton-ptx", "triton")
+BUILDS: dict[str, Any] = {"cuda-host": cuda_on_host, "cuda-ptx": emulated_cuda, "triton-ptx": emulated_triton}
 
 
 def why_not(kernels: str) -> str | None:
@@ -60,7 +62,7 @@ class Memory:
 
     def __init__(self, kernels: str) -> None:
         self.on_host = kernels == "cuda-host" or (kernels == "triton" and triton.interpreted())
-        self._make = emulated_cuda.Copy if kernels == "cuda-ptx" else TorchCopy
+        self._make = emulated_cuda.Copy if kernels.endswith("-ptx") else TorchCopy
         self._copies: dict[int, tuple[np.ndarray[Any, Any], Any]] = {}
 
     def address(self, array: np.ndarray[Any, Any] | None) -> int:
@@ -81,6 +83,10 @@ class Memory:
             array.reshape(-1).view(np.uint8)[...] = np.frombuffer(copy.fetch(), np.uint8)
 
 
+def _triton(kernels: str) -> contextlib.AbstractContextManager[None]:
+    return emulated_triton.active() if kernels == "triton-ptx" else contextlib.nullcontext()
+
+
 def merge(
     kernels: str,
     new_base: reference.Array,
@@ -94,8 +100,9 @@ def merge(
     counts = np.zeros(3, np.uint64)
     pairs = [memory.address(a.codes) for t in terms for a in (t.post, t.base)]
     tensor = (memory.address(new_base.codes), pairs, memory.address(out), count, memory.address(counts))
-    if kernels == "triton":
-        triton_calls.merge(new_base.dtype, terms, dtype, tensor)
+    if kernels.startswith("triton"):
+        with _triton(kernels):
+            triton_calls.merge(new_base.dtype, terms, dtype, tensor)
     else:
         extension(kernels).merge(
             new_base=new_base.dtype.code,
@@ -133,8 +140,9 @@ def merge_scaled(
     job["terms"] = [(matrix(post), matrix(base), alpha) for post, base, alpha in job["terms"]]
     places = {name: (moved(job[name][0]), job[name][1]) for name in ("out", "out_scales") if name in job}
     rest = {name: value for name, value in job.items() if name not in places}
-    if kernels == "triton":
-        found = triton_calls.merge_scaled(memory, **rest, **places)
+    if kernels.startswith("triton"):
+        with _triton(kernels):
+            found = triton_calls.merge_scaled(memory, **rest, **places)
         for array in written:
             memory.fetch(array)
         return found

@@ -179,6 +179,7 @@ int launch(const void* function, dim3 grid, dim3 block, void** arguments, std::s
   }
   try {
     stream_of(stream)->enqueue([=, parameters = emulated::packed(name, arguments)] {
+      if (const int code = begin("kernel"); code != cudaSuccess) throw Fault(code, "the device is lost");
       emulated::execute(name, grid.x, block.x, shared, parameters, seed);
     });
   } catch (const Fault& fault) {

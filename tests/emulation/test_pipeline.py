@@ -3,21 +3,26 @@ that must be page-locked or the device's, calls that fail when they are told to.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hand_made_work import sample
+from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import emulated_cuda
 
-from paramdelta import engine
+import paramdelta
+from paramdelta import engine, merging, publish
 from paramdelta.errors import DeviceError
+from paramdelta.plan import make_request
 
 pytestmark = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
 
@@ -107,3 +112,36 @@ def test_merges_of_files_copy_page_locked_memory_only(device: Any, tmp_path: Pat
     assert device.emulated_calls(b"pageable") == 0
     run(tmp_path, options(threads=2))
     assert device.emulated_calls(b"pageable") > 0
+
+
+def write_checkpoints(root: Path) -> dict[str, Path]:
+    """Three folders of 6 MiB of bf16 in one file."""
+    folders = {}
+    for seed, role in enumerate(("post", "base", "new_base")):
+        folders[role] = root / role
+        folders[role].mkdir()
+        rng = np.random.default_rng(seed)
+        tensors = {f"{i}.weight": rng.standard_normal((512, 1024)).astype(ml_dtypes.bfloat16) for i in range(6)}
+        save_file(tensors, folders[role] / "model.safetensors", metadata={"format": "pt"})
+        (folders[role] / "config.json").write_text(json.dumps({"model_type": "x"}))
+    return folders
+
+
+def test_a_device_that_is_lost_ends_a_merge_which_goes_on_elsewhere(
+    device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARAMDELTA_SEGMENT_BYTES", str(1 << 20))
+    folders = write_checkpoints(tmp_path)
+    plan = merging.prepare(make_request(**folders, out=tmp_path / "out"))
+    chosen = options(threads=2, memory=1 << 20)
+    device.emulated_fail(b"kernel", 20, LAUNCH_FAILURE)  # a segment is done by then
+    with pytest.raises(DeviceError, match="failed: emulated: the device is lost"):
+        merging.run_merge(plan, options=chosen)
+    with pytest.raises(DeviceError, match="the device is lost"):  # for good, as far as this process goes
+        merging.run_merge(plan, options=chosen)
+    assert not (tmp_path / "out").exists()
+    publish.kept.clear()
+    report = merging.run_merge(merging.prepare(make_request(**folders, out=tmp_path / "out")))
+    assert report.resumed_bytes > 0
+    paramdelta.merge(**folders, out=tmp_path / "whole")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
