@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from paramdelta.errors import OperandError, ResourceError, StorageError, storage_errors
+from paramdelta.memory import DeviceMemory, Memory
 from paramdelta.storage import (
     CACHED,
     WAITING_SLOT,
@@ -39,13 +40,6 @@ SMALLEST_SLOT = 1 << 17
 LARGEST_SLOT = 1 << 23
 WAKE_SECONDS = 0.1
 COLUMNS = ("spans", "terms", "regions", "region_terms", "views", "recipes", "extents")
-
-
-class DeviceMemory(NamedTuple):
-    """Memory of the device that a run's stage computes on."""
-
-    address: int
-    nbytes: int
 
 
 # Files, memory, a device's memory, or only sizes: what is written is not kept.
@@ -350,6 +344,8 @@ def paths_for(work: Work, outputs: Outputs, options: EngineOptions | None = None
 
 def _opened(file: Any, access: str | None) -> Any:
     """Return a file as the extension takes it: (path, access), or memory as it is."""
+    if isinstance(file, Memory):
+        file = file.place
     if isinstance(file, DeviceMemory):
         return list(file)
     return (os.fsencode(file), access or CACHED) if isinstance(file, Path) else file

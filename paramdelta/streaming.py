@@ -12,6 +12,7 @@ import numpy as np
 
 from paramdelta import devices, engine
 from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
+from paramdelta.memory import DeviceMemory
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
 from paramdelta.stages import Kernel, KernelStage
@@ -120,7 +121,7 @@ class Batch:
             _wait_for_earlier_work(device)
         self._values = [value for value, _ in pairs]
         plan.check_inputs()
-        part = _into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
+        part = into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
         self._run = engine.start(part, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 
     def finish(self) -> list[tuple[str, Any]]:
@@ -145,7 +146,7 @@ class Batch:
         self._run.abandon()
 
 
-def _into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
+def into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
     """Return the part of ``work`` that makes ``tensors``, each an output of its own that starts at byte 0, and only
     the input files it needs. Of a region whose codes or scales belong elsewhere, only the wanted plane is kept."""
 
@@ -217,7 +218,7 @@ def _allocate_numpy(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]
     return value, value.reshape(-1).view(np.uint8)
 
 
-def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarray[Any, Any] | engine.DeviceMemory]:
+def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarray[Any, Any] | DeviceMemory]:
     import torch
 
     dtype, shape = plan.dtype_of(tensor), plan.shape_of(tensor)
@@ -228,7 +229,7 @@ def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarr
         )
     value = torch.empty(shape, dtype=torch_dtype, device=device)
     if device != "cpu":
-        return value, engine.DeviceMemory(value.data_ptr(), value.nbytes)
+        return value, DeviceMemory(value.data_ptr(), value.nbytes)
     return value, value.reshape(-1).view(torch.uint8).numpy()
 
 

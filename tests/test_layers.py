@@ -22,7 +22,7 @@ LAYERS = [
     ("cli",),
     ("demo",),
     ("recycling",),
-    ("mapping",),
+    ("mapping", "loaded"),
     ("verification", "streaming", "deltas", "analysis"),
     ("recompute", "integrity"),
     ("coordination",),
@@ -49,7 +49,7 @@ LAYERS = [
     ("reference",),
     ("formats",),
     ("ranks",),
-    ("dtypes", "errors", "_cpu", "_cuda"),
+    ("dtypes", "errors", "memory", "_cpu", "_cuda"),
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

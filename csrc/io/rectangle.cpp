@@ -282,14 +282,22 @@ void Rectangle::load_scales(const std::vector<Input>& inputs, const View& view, 
   scales.zero_phase = static_cast<std::uint32_t>((piece_.row + view.row_phase) % 8);
 }
 
+// Rows in memory of the caller's stay where they are, if the stage reaches them.
+Rectangle::Plane Rectangle::load_codes(const std::vector<Input>& inputs, const View& view) {
+  if (turned_nibbles(view)) return load_turned_nibbles(inputs, view);
+  const Strided from = codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols);
+  const Input& input = inputs[static_cast<std::size_t>(from.file)];
+  const bool there = input.on_device ? takes_ : input.memory && stage_->reaches_memory();
+  if (!there || by_columns(from)) return load(inputs, from);
+  return {input.memory + from.offset, static_cast<std::ptrdiff_t>(from.row_stride)};
+}
+
 Matrix Rectangle::load_view(const std::vector<Input>& inputs, std::int32_t number) {
   const View& view = work_.views[static_cast<std::size_t>(number)];
   Matrix matrix;
   matrix.codec = static_cast<Codec>(view.codec);
   if (view.file == kZeros) return matrix;
-  const Plane codes = turned_nibbles(view)
-                          ? load_turned_nibbles(inputs, view)
-                          : load(inputs, codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols));
+  const Plane codes = load_codes(inputs, view);
   matrix.data = codes.data;
   matrix.pitch = codes.pitch;
   if (view.scale_file != kAbsent) load_scales(inputs, view, matrix.scales);
@@ -301,19 +309,44 @@ std::int64_t Rectangle::out_offset() const {
   return at.out_offset + piece_.row * at.out_pitch + work_.out_bytes(at, piece_.col);
 }
 
-void Rectangle::prepare_output() {
+// The scale of the piece's first unit in its output.
+std::int64_t Rectangle::scale_offset() const {
+  const Region& at = region();
+  return at.scale_out_offset + (at.grid_rows ? piece_.row / at.grid_rows : 0) * at.scale_out_row_stride +
+         (at.grid_cols ? piece_.col / at.grid_cols : 0) * at.scale_out_col_stride;
+}
+
+void Rectangle::prepare_output(const std::vector<Target>& outputs) {
   const Region& at = region();
   const std::int64_t row_bytes = work_.out_bytes(at, piece_.cols);
-  job_.out = take_placed(static_cast<std::size_t>(piece_.rows * row_bytes), work_.alignment, out_offset());
-  job_.out_pitch = static_cast<std::ptrdiff_t>(row_bytes);
-  job_.out_dtype = static_cast<DType>(at.out_dtype);
   const RecipeRow* recipe = recipe_of(work_, at);
-  if (recipe == nullptr) return;
-  const std::int64_t cols = grid_count(piece_.cols, 0, at.grid_cols);
-  job_.out_scales =
-      take(static_cast<std::size_t>(grid_count(piece_.rows, 0, at.grid_rows) * cols) * scale_item(*recipe));
-  job_.out_scale_pitch = static_cast<std::ptrdiff_t>(cols);
+  codes_made_there_ = takes_ && at.out_file != kAbsent && outputs[static_cast<std::size_t>(at.out_file)].on_device;
+  if (codes_made_there_) {
+    job_.out = outputs[static_cast<std::size_t>(at.out_file)].memory + out_offset();
+    job_.out_pitch = static_cast<std::ptrdiff_t>(at.out_pitch);
+  } else {
+    job_.out = take_placed(static_cast<std::size_t>(piece_.rows * row_bytes), work_.alignment, out_offset());
+    job_.out_pitch = static_cast<std::ptrdiff_t>(row_bytes);
+  }
+  job_.out_dtype = static_cast<DType>(at.out_dtype);
   job_.given = at.given_file != kAbsent;
+  if (recipe != nullptr) prepare_scales(outputs, *recipe);
+}
+
+void Rectangle::prepare_scales(const std::vector<Target>& outputs, const RecipeRow& recipe) {
+  const Region& at = region();
+  const std::int64_t rows = grid_count(piece_.rows, 0, at.grid_rows), cols = grid_count(piece_.cols, 0, at.grid_cols);
+  const auto item = static_cast<std::int64_t>(scale_item(recipe));
+  const bool in_rows = (at.scale_out_col_stride == item || cols == 1) && at.scale_out_row_stride % item == 0;
+  scales_made_there_ = takes_ && in_rows && !job_.given && at.scale_out_file != kAbsent &&
+                       outputs[static_cast<std::size_t>(at.scale_out_file)].on_device;
+  if (scales_made_there_) {
+    job_.out_scales = outputs[static_cast<std::size_t>(at.scale_out_file)].memory + scale_offset();
+    job_.out_scale_pitch = static_cast<std::ptrdiff_t>(rows == 1 ? cols : at.scale_out_row_stride / item);
+  } else {
+    job_.out_scales = take(static_cast<std::size_t>(rows * cols * item));
+    job_.out_scale_pitch = static_cast<std::ptrdiff_t>(cols);
+  }
 }
 
 std::size_t Rectangle::turn_to(std::size_t variant, const std::vector<Input>& inputs) {
@@ -331,8 +364,10 @@ std::size_t Rectangle::turn_to(std::size_t variant, const std::vector<Input>& in
   return read_;
 }
 
-std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs) {
+std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs, const std::vector<Target>& outputs,
+                            const Stage& stage) {
   piece_ = piece;
+  stage_ = &stage;
   free_ = memory_;
   forbid(memory_, bytes_);
   read_ = 0;
@@ -354,7 +389,10 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
                    row->floor,
                    row->zero};
   }
-  if (!at.measure) prepare_output();
+  job_.n_terms = static_cast<std::size_t>(at.n_terms);
+  takes_ = stage.has_memory() && stage.takes(job_);
+  codes_made_there_ = scales_made_there_ = false;
+  if (!at.measure) prepare_output(outputs);
   operands_ = free_;
   terms_.clear();
   for (std::int32_t t = 0; t < at.n_terms; ++t) {
@@ -363,7 +401,6 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
   }
   job_.new_base = load_view(inputs, at.new_view);
   job_.terms = terms_.data();
-  job_.n_terms = terms_.size();
   return read_;
 }
 
@@ -376,6 +413,8 @@ std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& chec
     file = work_.output_for(file, variant_, outputs.size());
     const Target& target = outputs[static_cast<std::size_t>(file)];
     const auto* from = static_cast<const std::byte*>(data);
+    written += static_cast<std::size_t>(rows * length);
+    if (target.on_device && (data == job_.out ? codes_made_there_ : scales_made_there_)) return;
     checksums.add_rows(file, offset, from, rows, length, stride);
     const std::int64_t lines = stride == length ? 1 : rows, bytes = stride == length ? rows * length : length;
     for (std::int64_t r = 0; r < lines; ++r) {
@@ -385,16 +424,14 @@ std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& chec
       else
         target.write_at(from + r * length, count, offset + r * stride);
     }
-    written += static_cast<std::size_t>(rows * length);
   };
-  if (at.out_file != kAbsent) write(at.out_file, job_.out, out_offset(), piece_.rows, at.out_pitch, job_.out_pitch);
+  if (at.out_file != kAbsent)
+    write(at.out_file, job_.out, out_offset(), piece_.rows, at.out_pitch, work_.out_bytes(at, piece_.cols));
   const RecipeRow* recipe = recipe_of(work_, at);
   if (recipe == nullptr || at.scale_out_file == kAbsent || job_.given) return written;
   const auto item = static_cast<std::int64_t>(scale_item(*recipe));
-  const std::int64_t rows = grid_count(piece_.rows, 0, at.grid_rows), cols = job_.out_scale_pitch;
-  const std::int64_t offset = at.scale_out_offset +
-                              (at.grid_rows ? piece_.row / at.grid_rows : 0) * at.scale_out_row_stride +
-                              (at.grid_cols ? piece_.col / at.grid_cols : 0) * at.scale_out_col_stride;
+  const std::int64_t rows = grid_count(piece_.rows, 0, at.grid_rows), cols = grid_count(piece_.cols, 0, at.grid_cols);
+  const std::int64_t offset = scale_offset();
   if (at.scale_out_col_stride == item || cols == 1)
     write(at.scale_out_file, job_.out_scales, offset, rows, at.scale_out_row_stride, cols * item);
   else

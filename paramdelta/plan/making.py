@@ -39,19 +39,20 @@ from paramdelta.plan.vocabulary import describe as describe_alignment
 from paramdelta.plan.zeros import checked_kinds, is_delta, with_zeros
 
 
-def open_all(request: MergeRequest) -> tuple[Checkpoint, ...]:
-    """Open the folders of a request, in their order. Where one cannot be opened, or is a delta in place of a model or a
+def open_all(request: MergeRequest, *, held: str | None = None) -> tuple[Checkpoint, ...]:
+    """Open the folders of a request, in their order, but for the role ``held``. Where one cannot be opened, or is a delta in place of a model or a
     model in place of a delta, raise PlanError with the complaints about all of them and about the output folder."""
     wrong: list[Complaint] = []
     opened: list[Checkpoint] = []
-    for role, folder in request.folders.items():
+    folders = {role: folder for role, folder in request.folders.items() if role != held}
+    for role, folder in folders.items():
         try:
             opened.append(open_checkpoint(folder, role=re.sub(r"_\d+$", "", role)))
         except CheckpointError as error:
             wrong += error.complaints
     if wrong:
         raise PlanError([*check_target(request), *wrong, *recognise_all(request, opened)[1]])
-    wrong = checked_kinds(request, opened)
+    wrong = checked_kinds(request, dict(zip(folders, opened, strict=True)))
     if wrong:
         raise PlanError([*check_target(request), *wrong])
     return tuple(opened)
