@@ -23,6 +23,7 @@ LAYERS = [
     ("demo",),
     ("recycling",),
     ("mapping", "loaded"),
+    ("loaded_tensors",),
     ("verification", "streaming", "deltas", "analysis"),
     ("recompute", "integrity"),
     ("coordination",),

@@ -1,5 +1,5 @@
-"""Checkpoints in memory: tensors that are loaded stand where the folder of a checkpoint would, so that pairing, policies
-and layout know nothing of models.
+"""Checkpoints in memory: tensors that are loaded stand where the folder of a checkpoint would, so that pairing,
+policies and layout know nothing of models.
 
 Each tensor is a file of its own, whose data is memory; the plan's output files are then the tensors themselves."""
 

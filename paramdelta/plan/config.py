@@ -38,8 +38,8 @@ _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "
 
 @dataclass(frozen=True, kw_only=True)
 class MergedConfig:
-    """The output's config.json (None where new_base has none on disk), what was taken from post, where new_base's structure
-    differs from the one post was trained in, and what to warn about."""
+    """The output's config.json (None where new_base has none on disk), what was taken from post, where new_base's
+    structure differs from the one post was trained in, and what to warn about."""
 
     data: bytes | None
     taken: tuple[str, ...]

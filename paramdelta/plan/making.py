@@ -40,8 +40,9 @@ from paramdelta.plan.zeros import checked_kinds, is_delta, with_zeros
 
 
 def open_all(request: MergeRequest, *, held: str | None = None) -> tuple[Checkpoint, ...]:
-    """Open the folders of a request, in their order, but for the role ``held``. Where one cannot be opened, or is a delta in place of a model or a
-    model in place of a delta, raise PlanError with the complaints about all of them and about the output folder."""
+    """Open the folders of a request, in their order, but for the role ``held``. Where one cannot be opened, or is a
+    delta in place of a model or a model in place of a delta, raise PlanError with the complaints about all of them and
+    about the output folder."""
     wrong: list[Complaint] = []
     opened: list[Checkpoint] = []
     folders = {role: folder for role, folder in request.folders.items() if role != held}

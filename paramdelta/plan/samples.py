@@ -85,7 +85,9 @@ def _zero_points(work: Work, view: Any, rows: int, col: NDArray[np.int64]) -> Va
     if view["zero_file"] < 0:
         return 8.0
     words = (int(view["row_phase"]) + rows + 7) // 8
-    raw = _lines(_source(work, view["zero_file"]), view["zero_offset"], words, view["zero_row_stride"], 4 * (col[-1] + 1))
+    raw = _lines(
+        _source(work, view["zero_file"]), view["zero_offset"], words, view["zero_row_stride"], 4 * (col[-1] + 1)
+    )
     points = unpack_zero_points(raw.view("<u4"), words * 8)[int(view["row_phase"]) :][:rows]
     return points[:, col].astype(np.float64)
 
@@ -101,10 +103,10 @@ def _plain(work: Work, file: int, offset: int, code: int, count: int) -> Values:
     return code_values(codes, dtype.name)
 
 
-def _path(work: Work, file: int) -> Path:
-    path = work.inputs[file]
-    assert isinstance(path, Path)  # literals are no operands
-    return path
+def _source(work: Work, file: int) -> Path | Memory:
+    source = work.inputs[file]
+    assert not isinstance(source, bytearray)  # literals are no operands
+    return source
 
 
 def _lines(source: Path | Memory, offset: int, lines: int, stride: int, length: int) -> NDArray[np.uint8]:
