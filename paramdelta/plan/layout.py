@@ -50,8 +50,8 @@ class Tables:
         return self.by_role["new_base"]
 
     def inputs(self) -> tuple[Path | Memory, ...]:
-        """Return all input files, or the memory in place of them, in the order of the roles: post's, base's, new_base's,
-        those of further deltas."""
+        """Return all input files, or the memory in place of them, in the order of the roles: post's, base's,
+        new_base's, those of further deltas."""
         return tuple(source for names in self.by_role.values() for source in names.checkpoint.sources)
 
     @cached_property

@@ -166,7 +166,9 @@ def _rebuild(
 
 
 def _own_base(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
-    """Yield a note where a delta is added to the very base that it was taken from."""
+    """Yield a note where a delta is added to the very base that it was taken from, on disk."""
+    if checkpoints["new_base"].memory is not None:
+        return
     for role, checkpoint in checkpoints.items():
         if is_delta(checkpoint) and not checkpoint.zeros and not is_base_of(checkpoint, checkpoints["new_base"]):
             again = " (--rebuild makes that byte for byte)" if (checkpoint.path / REBUILD).is_file() else ""
