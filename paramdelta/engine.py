@@ -220,20 +220,31 @@ def carry_out(
 ) -> RunResult:
     """Carry out settled work, as :func:`run`, by ``paths`` if they are given. The result adds to ``before``, that of
     what was done already."""
+    running = start(work, outputs, tensors=tensors, options=options, paths=paths)
+    return completed(running, before=before, on_progress=on_progress)
+
+
+def completed(
+    running: RunningWork,
+    *,
+    before: RunResult | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> RunResult:
+    """Wait for work that was started, and return what it did; the arguments, and what is raised, as in
+    :func:`carry_out`."""
     before = before or NOTHING
-    run_ = start(work, outputs, tensors=tensors, options=options, paths=paths)
 
     def report(read: int, written: int) -> None:
         if on_progress is not None:
             on_progress(before.bytes_read + read, before.bytes_written + written)
 
     try:
-        while not run_.wait_for(WAKE_SECONDS):
-            report(*run_.progress())
-        result = run_.finish()
+        while not running.wait_for(WAKE_SECONDS):
+            report(*running.progress())
+        result = running.finish()
         report(result.bytes_read, result.bytes_written)
     except BaseException:
-        run_.abandon()
+        running.abandon()
         raise
     return replace(
         result,

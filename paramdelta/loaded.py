@@ -4,17 +4,17 @@ from disk through the engine's slots. Every weight is merged on the device that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paramdelta import devices, engine
+from paramdelta import backends, devices, engine
 from paramdelta.checkpoint import HeldTensor, held_checkpoint
 from paramdelta.checkpoint.held import LABEL
-from paramdelta.errors import Complaint, OperandError, PartlyMergedError, PlanError, shown
+from paramdelta.errors import Complaint, PartlyMergedError, PlanError, shown
 from paramdelta.loaded_tensors import Loaded, NameMap, read_model
 from paramdelta.merging import judged, with_data_warnings, without_collector
 from paramdelta.report import MergeReport
@@ -35,7 +35,6 @@ _POLICIES = (
 )
 _VOCAB = ("error", "extend")  # both leave every row where it is
 _MOST_SHOWN = 20
-OptionsOf = Callable[[str, "Work"], engine.EngineOptions]
 
 
 def merge_into(
@@ -105,22 +104,21 @@ def merge_into(
     wrong: list[Complaint] = []
     loaded = read_model(model, names, wrong)
     role, given = _operands(post, base, new_base, delta, wrong)
+    wrong += _too_many(loaded, given)
     allowed = _allowed(policies, wrong)
     if role == "post":  # new_base's types may be others than the model's
         floats = {t.dtype.name for t in loaded.tensors if t.dtype.merges}
         allowed |= {"dtype": floats.pop()} if len(floats) == 1 else {}
     request = _request(given, role, alpha, allowed, wrong)
     each = engine.EngineOptions(threads=threads, memory=memory, isa=isa, io=io)
-
-    def options_of(device: str, work: Work) -> engine.EngineOptions:
+    options = {device: devices.on(device, each) for device in sorted({t.device for t in loaded.tensors})}
+    for device in options:
         if device != "cpu":
             import torch
 
             torch.cuda.synchronize(device)  # kernels of other streams may be using the weights still
-        return devices.resolved(replace(each, device=device), work)
-
     return merge_held(
-        loaded, request, role=role, options_of=options_of, rehearse=rehearse, on_progress=on_progress, started=started
+        loaded, request, role=role, options=options, rehearse=rehearse, on_progress=on_progress, started=started
     )
 
 
@@ -129,20 +127,20 @@ def merge_held(
     request: MergeRequest,
     *,
     role: str,
-    options_of: OptionsOf,
+    options: Mapping[str, engine.EngineOptions],
     rehearse: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     started: float | None = None,
     batch_bytes: int = BATCH_BYTES,
 ) -> MergeReport:
-    """Carry out a request, whose operand ``role`` is ``loaded``, into the memory of that. ``options_of`` gives a
-    device, and work to be done there, the engine's options. Returns and raises as :func:`merge_into`."""
+    """Carry out a request, whose operand ``role`` is ``loaded``, into the memory of that. ``options`` are those of
+    the engine for each device. Returns and raises as :func:`merge_into`."""
     began = time.perf_counter() if started is None else started
     plan = _planned(loaded, request, role)
     batches = _batches(plan, _targets(plan, loaded, role), batch_bytes)
     runs = [True, False] if rehearse else [False]
     for rehearsing in runs:
-        result = _run(plan, batches, options_of, rehearsing, on_progress)
+        result = _run(plan, batches, options, rehearsing, on_progress)
         outcome = "nothing was changed" if rehearsing else "the model holds them"
         remedy = "allow_nonfinite=True lets them pass" + (
             "" if rehearse else "; rehearse=True finds them before anything is changed"
@@ -178,6 +176,19 @@ def _operands(
     elif role == "post" and isinstance(base, (list, tuple)):
         wrong.append(Complaint("base", "several deltas need posts that are folders", "give post and base"))
     return role or "new_base", given
+
+
+def _too_many(loaded: Loaded, given: Mapping[str, Any]) -> Iterator[Complaint]:
+    """Yield a complaint where there are more deltas than the kernels of a GPU take."""
+    deltas = given.get("delta", given.get("post"))
+    count = len(deltas) if isinstance(deltas, (list, tuple, Mapping)) else 1
+    if all(t.device == "cpu" for t in loaded.tensors) or backends.why_not("cuda") is not None:
+        return
+    most = devices.most_deltas()
+    if count > most:
+        yield Complaint(
+            "model", f"lies on a GPU, whose kernels add at most {most} deltas, not {count}", "merge in turns"
+        )
 
 
 def _allowed(policies: dict[str, Any], wrong: list[Complaint]) -> dict[str, Any]:
@@ -318,7 +329,7 @@ def _in_place(plan: Plan, numbers: Sequence[int], targets: Sequence[HeldTensor])
 def _run(
     plan: Plan,
     batches: Sequence[_Batch],
-    options_of: OptionsOf,
+    options: Mapping[str, engine.EngineOptions],
     rehearsing: bool,
     on_progress: Callable[[int, int], None] | None,
 ) -> engine.RunResult:
@@ -329,31 +340,32 @@ def _run(
         if batch.work is None:
             continue
         outputs = [t.memory.nbytes if rehearsing else t.memory.place for t in batch.targets]
+        begun = False
         try:
-            options = options_of(batch.device, batch.work)
             with plan.watched_inputs():
-                result = engine.carry_out(
-                    batch.work, outputs, tensors=len(plan.names), options=options, before=total, on_progress=on_progress
-                )
+                running = engine.start(batch.work, outputs, tensors=len(plan.names), options=options[batch.device])
+                begun = True
+                result = engine.completed(running, before=total, on_progress=on_progress)
         except BaseException as error:
-            if rehearsing or (isinstance(error, OperandError) and total is engine.NOTHING):
+            if rehearsing or not (begun or used):
                 raise
-            raise _partly(plan, batches, at, error) from error
+            raise _partly(plan, batches, at, begun, error) from error
         total = replace(result, counts=total.counts + result.counts)
-        used += [options.device] if options.device not in used else []
+        used += [batch.device] if batch.device not in used else []
     return replace(total, device=", ".join(used) or "cpu")
 
 
-def _partly(plan: Plan, batches: Sequence[_Batch], failed: int, error: BaseException) -> BaseException:
-    """Return the error that says what a failure has left of the model."""
+def _partly(plan: Plan, batches: Sequence[_Batch], failed: int, begun: bool, error: BaseException) -> BaseException:
+    """Return the error that says what a failure has left of the model; ``begun``: of the batch that failed, too."""
 
     def names(some: Sequence[_Batch]) -> tuple[str, ...]:
         return tuple(plan.names[number] for batch in some for number in batch.numbers)
 
-    done, in_part, rest = names(batches[:failed]), names(batches[failed : failed + 1]), names(batches[failed + 1 :])
+    behind = failed + begun
+    done, in_part, rest = names(batches[:failed]), names(batches[failed:behind]), names(batches[behind:])
     text = (
         f"{error}\n  {LABEL} is changed in part: {len(done):,} tensors are merged, {len(in_part):,} may be in part, "
-        f"{len(rest):,} are as they were (from {shown(in_part[0])} on)"
+        f"{len(rest):,} are as they were (from {shown((in_part + rest)[0])} on)"
     )
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(text)

@@ -232,24 +232,30 @@ def test_a_failure_on_the_way_says_what_is_left(tmp_path: Path) -> None:
     held = read_model(model, None, [])
     folders = {"post": tmp_path / "post", "base": tmp_path / "base"}
     request = make_request(**folders, new_base=Path("x"), held="new_base")
-    calls = []
+    one = values["post"]["t0"].nbytes
+    chosen: Any = {"role": "new_base", "options": {"cpu": engine.EngineOptions(threads=1)}, "batch_bytes": one}
 
-    def options_of(device: str, work: Any) -> engine.EngineOptions:
-        calls.append(device)
-        if len(calls) == 4:
+    def stop(_: int, written: int) -> None:
+        raise KeyboardInterrupt
+
+    before = copied(model)
+    with pytest.raises(KeyboardInterrupt, match="0 tensors are merged, 1 may be in part, 5 are as they were"):
+        loaded.merge_held(held, request, **chosen, on_progress=stop)
+    for name, value in before.items():
+        model[name][:] = value
+
+    def cut_short(_: int, written: int) -> None:
+        if written == 3 * one:
             with open(folders["base"] / "model.safetensors", "r+b") as file:
                 file.truncate(1000)
-        return engine.EngineOptions(threads=1)
 
-    with pytest.raises(PartlyMergedError, match="changed in part: 3 tensors are merged, 1 may be") as caught:
-        loaded.merge_held(
-            held, request, role="new_base", options_of=options_of, batch_bytes=values["post"]["t0"].nbytes
-        )
-    assert caught.value.done == tuple(names[:3])
-    assert caught.value.in_part == ("t3",)
-    assert caught.value.untouched == tuple(names[4:])
+    with pytest.raises(PartlyMergedError, match="changed in part: 2 tensors are merged, 1 may be") as caught:
+        loaded.merge_held(held, request, **chosen, on_progress=cut_short)
+    assert caught.value.done == tuple(names[:2])
+    assert caught.value.in_part == ("t2",)
+    assert caught.value.untouched == tuple(names[3:])
     assert isinstance(caught.value.__cause__, OSError)
     for name in names[:3]:
         assert model[name].tobytes() != values["new_base"][name].tobytes()
-    for name in names[4:]:
+    for name in names[3:]:
         assert model[name].tobytes() == values["new_base"][name].tobytes()

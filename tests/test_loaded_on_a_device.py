@@ -21,6 +21,7 @@ import paramdelta
 from paramdelta import engine, loaded
 from paramdelta.checkpoint import HeldTensor
 from paramdelta.deltas import apply_request
+from paramdelta.errors import DeviceError, PartlyMergedError
 from paramdelta.loaded_tensors import Loaded, read_model
 from paramdelta.memory import DeviceMemory
 from paramdelta.plan import make_request
@@ -40,9 +41,13 @@ def held(model: Arrays, *names: str) -> Loaded:
     return Loaded(tuple(on_device(t) if not names or t.names[0] in names else t for t in found.tensors), found.config)
 
 
-def options(device: str, _: Any, **changed: Any) -> engine.EngineOptions:
-    stage = None if device == "cpu" else cuda_on_host.module().stage(0)
-    return engine.EngineOptions(**{"threads": 2, "stage": stage, "device": device, **changed})
+def options(**changed: Any) -> dict[str, engine.EngineOptions]:
+    """Return the options by device: one stage for all batches."""
+    stages = {"cpu": None, "cuda:0": cuda_on_host.module().stage(0)}
+    return {
+        device: engine.EngineOptions(threads=2, stage=stage, device=device, **changed)
+        for device, stage in stages.items()
+    }
 
 
 @pytest.mark.parametrize("rehearse", [False, True], ids=["", "rehearsed"])
@@ -54,7 +59,7 @@ def test_tensors_are_merged_where_they_lie(tmp_path: Path, role: str, memory: in
     request = make_request(**folders, held=role, alpha=0.7)
     model = copied(values[role])
     report = loaded.merge_held(
-        held(model), request, role=role, rehearse=rehearse, options_of=lambda d, w: options(d, w, memory=memory)
+        held(model), request, role=role, rehearse=rehearse, options=options(memory=memory), batch_bytes=1 << 16
     )
     same(model, values["out"])
     assert report.device == "cuda:0"
@@ -66,7 +71,7 @@ def test_a_model_on_several_devices(tmp_path: Path) -> None:
         post=tmp_path / "post", base=tmp_path / "base", new_base=Path("x"), held="new_base", alpha=0.7
     )
     model = copied(values["new_base"])
-    report = loaded.merge_held(held(model, "a", "c"), request, role="new_base", options_of=options)
+    report = loaded.merge_held(held(model, "a", "c"), request, role="new_base", options=options())
     same(model, values["out"])
     assert report.device == "cpu, cuda:0"
 
@@ -81,7 +86,7 @@ def test_quantised_operands_meet_weights_of_the_device(tmp_path: Path, memory: i
     paramdelta.apply(new_base=tmp_path / "new_base", deltas=tmp_path / "delta", out=tmp_path / "out")
     model = copied(values["new_base"])
     request = apply_request(new_base=Path("x"), deltas=tmp_path / "delta", held="new_base")
-    loaded.merge_held(held(model), request, role="new_base", options_of=lambda d, w: options(d, w, memory=memory))
+    loaded.merge_held(held(model), request, role="new_base", options=options(memory=memory), batch_bytes=1 << 16)
     same(model, load_file(tmp_path / "out" / "model.safetensors"))
 
 
@@ -90,7 +95,18 @@ def test_a_stage_without_memory_is_refused(tmp_path: Path) -> None:
     request = make_request(post=tmp_path / "post", base=tmp_path / "base", new_base=Path("x"), held="new_base")
     model = copied(values["new_base"])
     with pytest.raises(ValueError, match="need a stage that computes there"):
-        loaded.merge_held(
-            held(model), request, role="new_base", options_of=lambda d, w: engine.EngineOptions(threads=1)
-        )
+        loaded.merge_held(held(model), request, role="new_base", options={"cuda:0": engine.EngineOptions(threads=1)})
     same(model, values["new_base"])
+
+
+def test_a_device_that_fails_on_the_way(tmp_path: Path) -> None:
+    """More deltas than a kernel takes is what can fail without a GPU. Tensors of the processor came first."""
+    values = made(tmp_path)
+    most = min(cuda_on_host.module().most_terms(), cuda_on_host.module().most_scaled_terms())
+    folders = {role: [tmp_path / role] * (most + 20) for role in ("post", "base")}
+    request = make_request(**folders, new_base=Path("x"), held="new_base", alpha=1e-3)
+    with pytest.raises(PartlyMergedError, match="at most") as caught:
+        loaded.merge_held(held(copied(values["new_base"]), "e"), request, role="new_base", options=options())
+    assert isinstance(caught.value.__cause__, DeviceError)
+    assert set(caught.value.done) == set(values["new_base"]) - {"e"}
+    assert caught.value.in_part == ("e",)

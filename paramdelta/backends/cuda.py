@@ -115,6 +115,12 @@ def stage(device: int) -> Any:
     return _extension().stage(device)
 
 
+def most_deltas() -> int:
+    """Return how many deltas one launch adds up, whatever the operands."""
+    extension = _extension()
+    return min(int(extension.most_terms()), int(extension.most_scaled_terms()))
+
+
 def rates(device: int) -> Rates:
     """Measure a device and the link to it, for some ten milliseconds."""
     return Rates(*_extension().rates(device))
