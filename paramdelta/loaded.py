@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paramdelta import backends, devices, engine
 from paramdelta.checkpoint import HeldTensor, held_checkpoint
@@ -18,7 +19,7 @@ from paramdelta.errors import Complaint, PartlyMergedError, PlanError, shown
 from paramdelta.loaded_tensors import Loaded, NameMap, read_model
 from paramdelta.merging import judged, with_data_warnings, without_collector
 from paramdelta.report import MergeReport
-from paramdelta.streaming import into_memory
+from paramdelta.streaming import into_memory, referred
 
 if TYPE_CHECKING:
     from paramdelta.checkpoint import Checkpoint
@@ -316,14 +317,33 @@ def _in_place(plan: Plan, numbers: Sequence[int], targets: Sequence[HeldTensor])
     work = into_memory(plan.work, numbers, [target.memory.nbytes for target in targets])
     places = {id(target.memory): output for output, target in enumerate(targets)}
     of_input = np.array([places.get(id(source), -1) for source in work.inputs] + [-1])  # the last: of no file
-    spans = work.spans
-    own = of_input[spans["new_file"]] >= 0
-    if not (
-        (of_input[spans["new_file"]] == spans["out_file"]) & (spans["new_offset"] == spans["out_offset"]) | ~own
-    ).all():
+    if any(_lie_elsewhere(work, of_input)):
         raise AssertionError("an operand in the model's memory lies elsewhere than what is made of it")
-    work = replace(work, spans=spans[~(own & (spans["n_terms"] == 0))])
+    spans = work.spans
+    work = replace(work, spans=spans[(of_input[spans["new_file"]] < 0) | (spans["n_terms"] > 0)])
     return work if len(work.spans) or len(work.regions) else None
+
+
+def _lie_elsewhere(work: Work, of_input: NDArray[np.int64]) -> Iterator[bool]:
+    """Yield whether operands lie in the memory of an output, at another place than what is made of them; ``of_input``
+    is the output whose memory an input is, −1 for none."""
+    spans, regions, views = work.spans, work.regions, work.views
+    of_spans, of_regions = (np.repeat(rows, rows["n_terms"]) for rows in (spans, regions))
+    terms, region_terms = work.terms[referred(spans)], work.region_terms[referred(regions)]
+    operands = [
+        (spans["new_file"], spans["new_offset"], spans),
+        *((terms[f"{role}_file"], terms[f"{role}_offset"], of_spans) for role in ("post", "base")),
+    ]
+    for numbers, rows in (
+        (regions["new_view"], regions),
+        *((region_terms[f"{role}_view"], of_regions) for role in ("post", "base")),
+    ):
+        found = views[numbers]
+        operands.append((found["file"], found["offset"], rows))
+        yield bool(((of_input[found["file"]] >= 0) & (found["row_stride"] != rows["out_pitch"])).any())
+    for files, offsets, rows in operands:
+        output = of_input[files]
+        yield bool(((output >= 0) & ((output != rows["out_file"]) | (offsets != rows["out_offset"]))).any())
 
 
 def _run(

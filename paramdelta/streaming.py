@@ -176,8 +176,8 @@ def into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
         rows[offset] = np.where(chosen, rows[offset] - first[local], 0)
     terms, views = work.terms.copy(), work.views.copy()
     used = np.zeros(len(work.inputs) + 1, bool)
-    term_rows = _referred(spans)
-    region_terms = work.region_terms[_referred(regions)]
+    term_rows = referred(spans)
+    region_terms = work.region_terms[referred(regions)]
     view_rows = np.concatenate([regions["new_view"], region_terms["post_view"], region_terms["base_view"]])
     of_views = [views[column] for column in ("file", "scale_file", "zero_file", "second_file")]
     of_regions = [regions[column] for column in ("given_file", "second_file")]
@@ -203,7 +203,7 @@ def into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
     )
 
 
-def _referred(rows: Column) -> Column:
+def referred(rows: Column) -> Column:
     """Return the numbers of the terms that spans or regions refer to."""
     pairs = zip(rows["first_term"].tolist(), rows["n_terms"].tolist(), strict=True)
     return np.concatenate([np.arange(0), *(np.arange(first, first + count) for first, count in pairs if count)])

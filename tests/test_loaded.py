@@ -176,6 +176,23 @@ def test_the_types_of_the_model_are_kept(tmp_path: Path) -> None:
         paramdelta.merge_into(model, **named)
 
 
+@pytest.mark.parametrize("column", ["new_file", "new_offset"])
+def test_an_operand_that_lies_elsewhere_in_the_model_is_never_merged(tmp_path: Path, column: str) -> None:
+    """Nothing plans such work; it would read what another worker has written."""
+    values = made(tmp_path)
+    held = read_model(copied(values["new_base"]), None, [])
+    request = make_request(post=tmp_path / "post", base=tmp_path / "base", new_base=Path("x"), held="new_base")
+    plan = loaded._planned(held, request, "new_base")
+    numbers = range(len(plan.names))
+    targets = loaded._targets(plan, held, "new_base")
+    assert loaded._in_place(plan, numbers, targets) is not None
+    spans = plan.work.spans
+    at = {plan.names[tensor]: row for row, tensor in enumerate(spans["tensor"].tolist())}
+    spans[at["b"]][column] = spans[at["a"]]["new_file"] if column == "new_file" else 2
+    with pytest.raises(AssertionError, match="lies elsewhere"):
+        loaded._in_place(plan, numbers, targets)
+
+
 def test_which_operand_the_model_is(tmp_path: Path) -> None:
     for given in (
         {},

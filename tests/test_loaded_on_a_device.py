@@ -102,11 +102,13 @@ def test_a_stage_without_memory_is_refused(tmp_path: Path) -> None:
 def test_a_device_that_fails_on_the_way(tmp_path: Path) -> None:
     """More deltas than a kernel takes is what can fail without a GPU. Tensors of the processor came first."""
     values = made(tmp_path)
-    most = min(cuda_on_host.module().most_terms(), cuda_on_host.module().most_scaled_terms())
-    folders = {role: [tmp_path / role] * (most + 20) for role in ("post", "base")}
+    most = cuda_on_host.module().most_terms()
+    folders = {role: [tmp_path / role] * (most + 1) for role in ("post", "base")}
     request = make_request(**folders, new_base=Path("x"), held="new_base", alpha=1e-3)
     with pytest.raises(PartlyMergedError, match="at most") as caught:
-        loaded.merge_held(held(copied(values["new_base"]), "e"), request, role="new_base", options=options())
+        loaded.merge_held(
+            held(copied(values["new_base"]), "e"), request, role="new_base", options=options(memory=1 << 25)
+        )
     assert isinstance(caught.value.__cause__, DeviceError)
     assert set(caught.value.done) == set(values["new_base"]) - {"e"}
     assert caught.value.in_part == ("e",)
