@@ -87,8 +87,9 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    to_json = getattr(getattr(model, "config", None), "to_json_string", None)
-    config = json.loads(to_json(use_diff=False)) if to_json is not None else {}
+    """Return the config of a model of transformers, as its config.json would have it; empty where there is none."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    config = json.loads(json.dumps(to_dict(), default=str)) if to_dict is not None else {}
     return config if isinstance(config, dict) else {}
 
 
