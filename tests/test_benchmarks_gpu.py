@@ -77,7 +77,7 @@ def test_every_contender_was_measured(folder: Path) -> None:
 
 def test_every_lane_was_compared(folder: Path) -> None:
     records = [r for r in results.records_of(results.read(folder / "gpu.json")) if r.group == "gpu-laws"]
-    assert len(records) == 3 * len(laws.LANES) + 1
+    assert len(records) == 4 * len(laws.LANES) + 1
     for record in records:
         assert record.contender == "cuda, triton, cpu"
         assert {name for name, m in record.metrics.items() if m.median == 0} == {

@@ -1,4 +1,4 @@
-"""Norms: the same bits as the reference's definition, for every instruction set, kernel, dtype, length, thread count."""
+"""Norms: the bits of the reference's definition, for every instruction set, kernel, dtype, length, number of threads."""
 
 from __future__ import annotations
 
