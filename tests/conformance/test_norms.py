@@ -1,4 +1,4 @@
-"""Norms: the bits of the reference's definition, for every instruction set, kernel, dtype, length, number of threads."""
+"""Norms: the bits of the reference's definition, for every instruction set, kernel, dtype, length, thread count."""
 
 from __future__ import annotations
 
