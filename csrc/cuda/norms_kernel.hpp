@@ -106,16 +106,19 @@ struct MixedRows {
   }
 };
 
-// Eight numbers, kApart places from each other: halves to halves.
-template <int kApart>
-PARAMDELTA_DEVICE double tree_of_eight(const double* from) {
-  double v[8];
+PARAMDELTA_DEVICE double joined(double a, double b) { return a + b; }
+PARAMDELTA_DEVICE std::uint32_t joined(std::uint32_t a, std::uint32_t b) { return a > b ? a : b; }
+
+// Eight sums or maxima, kApart places from each other: halves to halves.
+template <int kApart, class T>
+PARAMDELTA_DEVICE T tree_of_eight(const T* from) {
+  T v[8];
   PARAMDELTA_UNROLL
   for (int j = 0; j < 8; ++j) v[j] = from[kApart * j];
   PARAMDELTA_UNROLL
   for (int half = 4; half > 0; half /= 2) {
     PARAMDELTA_UNROLL
-    for (int j = 0; j < half; ++j) v[j] = v[j] + v[j + half];
+    for (int j = 0; j < half; ++j) v[j] = joined(v[j], v[j + half]);
   }
   return v[0];
 }
@@ -134,20 +137,18 @@ struct NormsKernel {
   using Params = NormsParams;
   static constexpr int kThreads = static_cast<int>(kLanes);
 
-  // Of each sum, 256 lanes, then what the first eight-fold tree makes of them.
+  // Of each sum and of the maximum, 256 lanes, then what the first eight-fold tree makes of them.
   struct Shared {
     double lanes[NormTotals::kSums][kLanes];
     double parts[NormTotals::kSums][32];
-    std::uint32_t largest;
+    std::uint32_t largest[kLanes];
+    std::uint32_t largest_parts[32];
   };
 
   PARAMDELTA_DEVICE static void block(Block& block, const Params& params) {
     Shared& shared = *reinterpret_cast<Shared*>(block.shared);
     const std::uint64_t start = static_cast<std::uint64_t>(block.index) * kLeaf;
     NormTotals& totals = *params.totals;
-    block.each([&](int thread) {
-      if (thread == 0) shared.largest = 0;
-    });
     block.each([&](int thread) {
       const std::uint64_t first = start + static_cast<std::uint64_t>(thread);
       const std::uint64_t rest = first < params.count ? (params.count - first + kLanes - 1) / kLanes : 0;
@@ -167,25 +168,37 @@ struct NormsKernel {
         largest = magnitude > largest ? magnitude : largest;
       }
       for (int k = 0; k < NormTotals::kSums; ++k) shared.lanes[k][thread] = static_cast<double>(sums[k]);
-      if (largest > seen(&shared.largest)) atomic_max(&shared.largest, largest);
+      shared.largest[thread] = largest;
+    });
+    // A warp to each sum, and one to the maximum. The lanes of before take what a tree makes of its parts: a phase
+    // writes nothing that it reads.
+    constexpr int kMaximum = NormTotals::kSums;
+    block.each([&](int thread) {
+      const int k = thread / 32, lane = thread % 32;
+      if (k < kMaximum)
+        shared.parts[k][lane] = tree_of_eight<32>(shared.lanes[k] + lane);
+      else if (k == kMaximum)
+        shared.largest_parts[lane] = tree_of_eight<32>(shared.largest + lane);
     });
     block.each([&](int thread) {
       const int k = thread / 32, lane = thread % 32;
-      if (k < NormTotals::kSums) shared.parts[k][lane] = tree_of_eight<32>(shared.lanes[k] + lane);
-    });
-    // The lanes of before take what comes next: a phase writes nothing that it reads.
-    block.each([&](int thread) {
-      const int k = thread / 32, lane = thread % 32;
-      if (k < NormTotals::kSums && lane < 4) shared.lanes[k][lane] = tree_of_eight<4>(shared.parts[k] + lane);
+      if (lane >= 4) return;
+      if (k < kMaximum)
+        shared.lanes[k][lane] = tree_of_eight<4>(shared.parts[k] + lane);
+      else if (k == kMaximum)
+        shared.largest[lane] = tree_of_eight<4>(shared.largest_parts + lane);
     });
     block.each([&](int thread) {
       const int k = thread / 32;
-      if (k < NormTotals::kSums && thread % 32 == 0) {
+      if (thread % 32 != 0) return;
+      if (k < kMaximum) {
         const double* v = shared.lanes[k];
         add_leaf((v[0] + v[2]) + (v[1] + v[3]), totals.digits[k], totals.special + k);
+      } else if (k == kMaximum) {
+        const std::uint32_t* v = shared.largest;
+        const std::uint32_t largest = joined(joined(v[0], v[2]), joined(v[1], v[3]));
+        if (largest > seen(&totals.largest_delta)) atomic_max(&totals.largest_delta, largest);
       }
-      if (thread == kThreads - 1 && shared.largest > seen(&totals.largest_delta))
-        atomic_max(&totals.largest_delta, shared.largest);
     });
   }
 };

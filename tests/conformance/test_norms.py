@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import cuda_calls
 import numpy as np
 import pytest
-from kernel_check import operand
+from kernel_check import check_norms
 from kernel_values import adversarial, shifted, uniform, weights
 
 from paramdelta import reference
-from paramdelta.backends import cpu
 from paramdelta.dtypes import BF16, F8_E5M2, F16, F32, F64, MERGE_DTYPES, DType
 
 
@@ -19,34 +15,16 @@ def ids(value: object) -> str:
     return value.name if isinstance(value, DType) else str(value)
 
 
-def same(got: tuple[float, ...], want: tuple[float, ...]) -> None:
-    for name, g, w in zip(reference.Norms._fields, got, want, strict=True):
-        assert g == w or (math.isnan(g) and math.isnan(w)), f"{name}: expected {w!r}, got {g!r}"
-
-
-def check(post, base, new_base, kinds, kernels: str, threads: tuple[int, ...] = (1, 3)) -> None:
-    """Hold what kernels give to the reference; None among the operands stands for zeros."""
-    arrays = [reference.Array(a, k) for a, k in zip((post, base, new_base), kinds, strict=True)]
-    size = next(a.size for a in (post, base, new_base) if a is not None)
-    filled = [a if a.codes is not None else reference.Array(np.zeros(size, np.uint64), F64) for a in arrays]
-    want = reference.norms(*filled)
-    if kernels in cuda_calls.KERNELS:
-        same(cuda_calls.norms(kernels, arrays, size), want)
-        return
-    for n in threads:
-        same(cpu.norms(*(operand(a) for a in arrays), size, threads=n, isa=kernels), want)
-
-
 @pytest.mark.parametrize("size", [0, 1, 63, 255, 256, 257, 4095, 4096, 4097, 50_000, 400_001])
 @pytest.mark.parametrize("dtype", MERGE_DTYPES, ids=ids)
 def test_weights(norm_kernels: str, dtype: DType, size: int) -> None:
-    check(*weights(np.random.default_rng(size), dtype, size), (dtype,) * 3, norm_kernels)
+    check_norms(*weights(np.random.default_rng(size), dtype, size), (dtype,) * 3, norm_kernels)
 
 
 def test_mixed_dtypes(norm_kernels: str) -> None:
     rng = np.random.default_rng(0)
     arrays = [weights(rng, d, 9000)[k] for k, d in enumerate((F64, BF16, F8_E5M2))]
-    check(*arrays, (F64, BF16, F8_E5M2), norm_kernels)
+    check_norms(*arrays, (F64, BF16, F8_E5M2), norm_kernels)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=ids)
@@ -55,8 +33,8 @@ def test_odd_values(norm_kernels: str, dtype: DType) -> None:
     rng = np.random.default_rng(0)
     finite = adversarial(dtype)
     finite = finite[np.isfinite(reference.decode(finite, dtype))]
-    check(*(rng.choice(finite, 30_000) for _ in range(3)), (dtype,) * 3, norm_kernels)
-    check(*(uniform(rng, dtype, 30_000) for _ in range(3)), (dtype,) * 3, norm_kernels)
+    check_norms(*(rng.choice(finite, 30_000) for _ in range(3)), (dtype,) * 3, norm_kernels)
+    check_norms(*(uniform(rng, dtype, 30_000) for _ in range(3)), (dtype,) * 3, norm_kernels)
 
 
 def test_sums_are_correctly_rounded(norm_kernels: str) -> None:
@@ -67,12 +45,12 @@ def test_sums_are_correctly_rounded(norm_kernels: str) -> None:
     sign = np.repeat(rng.choice([-1.0, 1.0], leaves), 4096)
     x = (rng.normal(size=leaves * 4096) * scale).astype(np.float32)
     arrays = ((x * sign).astype(np.float32), np.zeros_like(x), x)
-    check(*(a.view(np.uint32) for a in arrays), (F32,) * 3, norm_kernels)
+    check_norms(*(a.view(np.uint32) for a in arrays), (F32,) * 3, norm_kernels)
     tiny = np.zeros(3 * 4096, np.float32)
     tiny[[0, 4096, 8192]] = 2.0**50, 2.0**-40, 2.0**50
     other = tiny.copy()
     other[8192] *= -1
-    check(*(a.view(np.uint32) for a in (tiny, np.zeros_like(tiny), other)), (F32,) * 3, norm_kernels)
+    check_norms(*(a.view(np.uint32) for a in (tiny, np.zeros_like(tiny), other)), (F32,) * 3, norm_kernels)
 
 
 @pytest.mark.parametrize("last", [0.0, 2.0**-60, -(2.0**-60)])
@@ -83,7 +61,7 @@ def test_ties_of_the_last_rounding(norm_kernels: str, first: float, last: float)
     post[::4096] = first, 2.0**-26, last
     new_base[::4096] = 1.0, 2.0**-27, 2.0**-60
     arrays = (post, np.zeros_like(post), new_base)
-    check(*(a.view(np.uint32) for a in arrays), (F32,) * 3, norm_kernels)
+    check_norms(*(a.view(np.uint32) for a in arrays), (F32,) * 3, norm_kernels)
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 2], ids=["post", "base", "new_base"])
@@ -91,14 +69,14 @@ def test_ties_of_the_last_rounding(norm_kernels: str, first: float, last: float)
 def test_an_operand_of_zeros(norm_kernels: str, dtype: DType, zeros: int) -> None:
     arrays = list(weights(np.random.default_rng(3), dtype, 5000))
     arrays[zeros] = None
-    check(*arrays, (dtype,) * 3, norm_kernels)
+    check_norms(*arrays, (dtype,) * 3, norm_kernels)
 
 
 @pytest.mark.parametrize("dtype", MERGE_DTYPES, ids=ids)
 def test_unaligned_addresses(norm_kernels: str, dtype: DType) -> None:
     made = weights(np.random.default_rng(4), dtype, 9001)
     for offsets in ((1, 2, 3), (0, dtype.itemsize, 7)):
-        check(*(shifted(x, offset) for x, offset in zip(made, offsets, strict=True)), (dtype,) * 3, norm_kernels)
+        check_norms(*(shifted(x, offset) for x, offset in zip(made, offsets, strict=True)), (dtype,) * 3, norm_kernels)
 
 
 @pytest.mark.parametrize("dtype", MERGE_DTYPES, ids=ids)
@@ -109,7 +87,7 @@ def test_one_infinity_or_nan(norm_kernels: str, dtype: DType, which: int) -> Non
     for code in codes[~np.isfinite(reference.decode(codes, dtype))][:6]:
         made = [x.copy() for x in weights(np.random.default_rng(5), dtype, 3 * 4096)]
         made[which][5000] = code
-        check(*made, (dtype,) * 3, norm_kernels)
+        check_norms(*made, (dtype,) * 3, norm_kernels)
 
 
 def test_infinite_leaves_of_both_signs(norm_kernels: str) -> None:
@@ -117,5 +95,5 @@ def test_infinite_leaves_of_both_signs(norm_kernels: str) -> None:
     post, base, new_base = np.zeros((3, 2 * 4096), np.float32)
     post[[0, 4096]], new_base[[0, 4096]] = 2.0**100, (2.0**100, -(2.0**100))
     for count in (4096, 2 * 4096):
-        check(*(a[:count].view(np.uint32) for a in (post, base, new_base)), (F32,) * 3, norm_kernels)
-    check(*(a[4096:].view(np.uint32) for a in (post, base, new_base)), (F32,) * 3, norm_kernels)
+        check_norms(*(a[:count].view(np.uint32) for a in (post, base, new_base)), (F32,) * 3, norm_kernels)
+    check_norms(*(a[4096:].view(np.uint32) for a in (post, base, new_base)), (F32,) * 3, norm_kernels)
