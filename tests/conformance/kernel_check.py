@@ -11,7 +11,7 @@ import numpy as np
 
 from paramdelta import backends, reference
 from paramdelta.backends import cpu
-from paramdelta.dtypes import DType
+from paramdelta.dtypes import F64, DType
 
 Codes = np.ndarray[Any, Any]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
