@@ -69,12 +69,11 @@ def token_differences(
     )
     if not by_number:
         return {}
-    files = {role: token_files(c) for role, c in checkpoints.items() if not c.zeros}
+    files = {role: _signed(token_files(c)) for role, c in checkpoints.items() if not c.zeros}
     post = files.pop("post", ())
-    signed = {role: _signed(other) for role, other in files.items()}
-    own = _signed(post)
-    found = {role: _between(own, other) for role, other in signed.items() if own and other}
-    return {role: difference for role, difference in found.items() if difference is not None}
+    others = {role: signed for role, signed in files.items() if post and signed}
+    found = zip(others, _compared(post, tuple(others.values())), strict=True)
+    return {role: difference for role, difference in found if difference is not None}
 
 
 def describe(differences: Mapping[str, Difference]) -> dict[str, Any]:
@@ -152,18 +151,29 @@ def _signed(files: tuple[Path, ...]) -> _Signed:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=64)  # a sweep plans every variant, and compares the same files each time
-def _between(post: _Signed, other: _Signed) -> Difference | None:
-    ours, theirs = (tuple(file for file, *_ in side) for side in (post, other))
-    if _same_bytes(ours, theirs):
-        return None
-    return compare(token_numbers(ours), token_numbers(theirs))
+@functools.lru_cache(maxsize=16)  # a sweep plans every variant, and compares the same files each time
+def _compared(post: _Signed, others: tuple[_Signed, ...]) -> tuple[Difference | None, ...]:
+    """Return how each of the others differs from post's; what has the bytes of one before is parsed with it, once."""
+    known: list[tuple[_Signed, Difference | None]] = [(post, None)]
+    numbers: dict[str, int] | None = None
+    for other in others:
+        alike = next((found for found in known if _same_bytes(other, found[0])), None)
+        if alike is None and numbers is None:
+            numbers = token_numbers(_paths(post))
+        known.append((other, alike[1] if alike else compare(numbers or {}, token_numbers(_paths(other)))))
+    return tuple(difference for _, difference in known[1:])
 
 
-def _same_bytes(ours: tuple[Path, ...], theirs: tuple[Path, ...]) -> bool:
-    if [file.name for file in ours] != [file.name for file in theirs]:
+def _paths(files: _Signed) -> tuple[Path, ...]:
+    return tuple(path for path, *_ in files)
+
+
+def _same_bytes(ours: _Signed, theirs: _Signed) -> bool:
+    """Whether two checkpoints list their tokens in files of the same names and bytes."""
+    pairs = list(zip(_paths(ours), _paths(theirs), strict=False))
+    if len(ours) != len(theirs) or any(a.name != b.name for a, b in pairs):
         return False
     try:
-        return all(filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True))
+        return ours == theirs or all(filecmp.cmp(a, b, shallow=False) for a, b in pairs)
     except OSError:
         return False

@@ -140,6 +140,9 @@ def test_equal_files_are_not_parsed_and_others_once(tmp_path: Path, monkeypatch:
     assert told(plan(folders))
     assert told(plan(folders, alpha=0.5))
     assert len(read) == 2
+    (folders["base"] / "tokenizer.json").write_text(as_json(SWAPPED)["tokenizer.json"])
+    assert "base and new_base have 2" in told(plan(folders))[0]
+    assert len(read) == 4
 
 
 def test_deltas_as_folders(tmp_path: Path) -> None:
