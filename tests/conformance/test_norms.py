@@ -53,6 +53,16 @@ def test_sums_are_correctly_rounded(norm_kernels: str) -> None:
     check_norms(*(a.view(np.uint32) for a in (tiny, np.zeros_like(tiny), other)), (F32,) * 3, norm_kernels)
 
 
+def test_lanes_are_added_as_a_halving_tree(norm_kernels: str) -> None:
+    """Lanes of one leaf, of magnitudes so far apart that additions round: another tree gives other bits."""
+    rng = np.random.default_rng(2)
+    for _ in range(40):
+        lanes = np.ldexp(rng.uniform(1.0, 2.0, 256), rng.integers(-16, 16, 256)).astype(np.float32)
+        check_norms(
+            *(a.view(np.uint32) for a in (lanes, np.zeros_like(lanes), lanes[::-1].copy())), (F32,) * 3, norm_kernels
+        )
+
+
 @pytest.mark.parametrize("last", [0.0, 2.0**-60, -(2.0**-60)])
 @pytest.mark.parametrize("first", [1.0, 1.0 + 2.0**-23, -1.0])
 def test_ties_of_the_last_rounding(norm_kernels: str, first: float, last: float) -> None:
