@@ -13,9 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from paramdelta import backends, device_tensors
+from paramdelta import backends, device_norms, device_tensors
 from paramdelta.backends import Counts, Norms, cpu
 from paramdelta.backends.threads import default_threads
+from paramdelta.device_norms import PendingNorms
 from paramdelta.device_tensors import PendingCounts
 from paramdelta.dtypes import F32, F64
 from paramdelta.errors import OperandError
@@ -27,6 +28,7 @@ __all__ = [
     "Merged",
     "Norms",
     "PendingCounts",
+    "PendingNorms",
     "decode",
     "encode",
     "merge",
@@ -35,13 +37,16 @@ __all__ = [
     "norms",
 ]
 
+# Why norms refuse DTensors.
+ORDER_OF_ELEMENTS = "are defined by an order of elements that shards do not have; gather the tensors"
+
 
 class Merged(NamedTuple):
     """A merge's output, what to know of it, and the norms of each delta in order (empty where not asked for)."""
 
     out: Any
     counts: Counts | PendingCounts
-    norms: tuple[Norms, ...]
+    norms: tuple[Norms | PendingNorms, ...]
 
 
 class Encoded(NamedTuple):
@@ -86,7 +91,8 @@ def merge(
     threads : int, optional
         By default as many as affinity, cgroup quota and ``LOCAL_WORLD_SIZE`` allow. Of no account on a CUDA device.
     norms : bool
-        Whether to compute ``norms(post, base, new_base)`` too; on the CPU only.
+        Whether to compute ``norms(post, base, new_base)`` too, of the operands as they are before the merge; on a CUDA
+        device they are pending (``PendingNorms``).
 
     Returns
     -------
@@ -211,7 +217,7 @@ def encode(x: Any, dtype: Any, *, out: Any = None, threads: int | None = None) -
     return Encoded(merged.out, merged.counts)
 
 
-def norms(post: Any, base: Any, new_base: Any, *, threads: int | None = None) -> Norms:
+def norms(post: Any, base: Any, new_base: Any, *, threads: int | None = None) -> Norms | PendingNorms:
     """Return ``‖post − base‖²``, ``‖new_base − base‖²``, ``⟨post − base, new_base − base⟩`` and ``max |post − base|``.
 
     The sums are defined by a fixed order, so that their bits depend on the operands alone. Operands are
@@ -220,9 +226,14 @@ def norms(post: Any, base: Any, new_base: Any, *, threads: int | None = None) ->
     products of elements l, l + 256, … in order, product and sum each rounded to binary32. Lanes are converted
     to binary64 and added in halves, 128 + 128 down to one. The result is the correctly rounded sum of all
     leaves. A NaN difference makes the sums it enters NaN, and the maximum. Operands, ``threads`` and errors
-    are as for :func:`merge`.
+    are as for :func:`merge`. Of CUDA tensors the norms are enqueued on PyTorch's current stream and pending
+    (``PendingNorms``), the same bits; DTensors are refused: their shards do not have the order of elements.
     """
-    operands = [read_operand(name, x) for name, x in (("post", post), ("base", base), ("new_base", new_base))]
+    named = (("post", post), ("base", base), ("new_base", new_base))
+    for name, x in named:
+        if is_distributed(x):
+            raise OperandError(f"{name}: norms {ORDER_OF_ELEMENTS}")
+    operands = [read_operand(name, x) for name, x in named]
     same_shape(operands)
     return _norms(operands, _threads(threads))
 
@@ -257,11 +268,12 @@ def _merge(
     same_shape(operands)
     wanted = None if dtype is None else parse_dtype("dtype", dtype)
     count = _threads(threads)
+    # Norms come before the merge, whose output may take the place of an operand.
+    found: list[Norms | PendingNorms] = []
     if any(t.kind == "cuda" for t in operands) or _enqueued_from_host():
         if norms:
-            raise OperandError("norms: are computed on the CPU only; pass CPU tensors to ops.norms")
-        terms = [(post, base, alpha) for post, base, alpha in pairs]
-        return Merged(*device_tensors.merge(new, terms, out, wanted), ())
+            found = [_norms([post, base, new], count) for post, base, _ in pairs]
+        return Merged(*device_tensors.merge(new, pairs, out, wanted), tuple(found))
     if out is None:
         target, result = allocate(new, wanted or new.dtype)
     else:
@@ -270,8 +282,7 @@ def _merge(
     # SAFETY: operands and target hold references to the arrays until this function returns; none is resized
     # meanwhile.
     sources = {id(t): t.contiguous() for t in operands}
-    found = []
-    if norms:  # before the merge, whose output may take the place of an operand
+    if norms:
         found = [_norms([sources[id(t)] for t in (post, base, new)], count) for post, base, _ in pairs]
     dense = target.contiguous_target()
     counts = cpu.merge(
@@ -286,11 +297,10 @@ def _merge(
     return Merged(result, counts, tuple(found))
 
 
-def _norms(operands: Sequence[Tensor], threads: int) -> Norms:
-    for operand in operands:
-        if operand.kind == "cuda":
-            raise OperandError(f"{operand.name}: is on {operand.source.device}; norms are computed on the CPU only")
-    backends.choose("norms", device="cpu")
+def _norms(operands: Sequence[Tensor], threads: int) -> Norms | PendingNorms:
+    device = "cuda" if any(operand.kind == "cuda" for operand in operands) else "cpu"
+    if backends.choose("norms", device=device, inputs=[operand.dtype for operand in operands]) != "cpu":
+        return device_norms.norms(operands)
     post, base, new = (t.contiguous() for t in operands)
     return cpu.norms(post.operand(), base.operand(), new.operand(), post.codes.size, threads=threads)
 

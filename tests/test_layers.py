@@ -41,6 +41,7 @@ LAYERS = [
     ("torch_ops",),
     ("sharded_matrices",),
     ("ops", "scaled"),
+    ("device_norms",),
     ("device_tensors", "planes"),
     ("tensors",),
     ("storage", "stages"),

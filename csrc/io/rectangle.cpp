@@ -1,5 +1,4 @@
-// Reads planes of codes and scales by rows, in one call where rows follow each other closely; planes that are stored
-// the other way round are read by columns and turned in memory, so that kernels meet rows only.
+// Carries pieces of quantised matrices: reads the planes of their operands (planes.hpp), and writes codes and scales.
 #include "io/rectangle.hpp"
 
 #include <algorithm>
@@ -7,7 +6,7 @@
 #include <string>
 
 #include "io/guard.hpp"
-#include "io/strided.hpp"
+#include "io/planes.hpp"
 
 namespace paramdelta::io {
 

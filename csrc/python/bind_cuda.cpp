@@ -4,13 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "cuda/device.hpp"
 #include "cuda/merge.hpp"
+#include "cuda/norms.hpp"
 #include "cuda/rates.hpp"
 #include "cuda/scaled.hpp"
 #include "cuda/stage.hpp"
@@ -44,6 +47,27 @@ void merge(int new_base, const std::vector<std::tuple<int, int, double>>& terms,
   for (const auto& [first, pairs, to, count, counts] : tensors) list.push_back({first, pairs, to, count, counts});
   const py::gil_scoped_release unlocked;
   cuda::merge(signature, list, device, stream);
+}
+
+// Address and dtype number of an operand.
+using OperandTuple = std::pair<std::uintptr_t, int>;
+
+void norms(OperandTuple post, OperandTuple base, OperandTuple new_base, std::uint64_t count, std::uintptr_t totals,
+           int device, std::uintptr_t stream) {
+  const auto read = [](const OperandTuple& operand) {
+    return Operand{reinterpret_cast<const void*>(operand.first), dtype_of(operand.second)};
+  };
+  cuda::add_norms(read(post), read(base), read(new_base), count, reinterpret_cast<cuda::NormTotals*>(totals), device,
+                  stream);
+}
+
+std::tuple<double, double, double, double> read_norms(const py::bytes& totals) {
+  const std::string_view bytes = totals;
+  if (bytes.size() != sizeof(cuda::NormTotals)) throw std::invalid_argument("totals of norms have another size");
+  cuda::NormTotals copy;
+  std::memcpy(&copy, bytes.data(), sizeof(copy));
+  const NormSums sums = cuda::sums_of(copy);
+  return {sums.delta_squared.rounded(), sums.drift_squared.rounded(), sums.inner.rounded(), sums.largest()};
 }
 
 // A job on device memory, and the terms it points to.
@@ -155,6 +179,13 @@ PYBIND11_MODULE(PARAMDELTA_CUDA_MODULE, module) {
   module.def("merge", &merge, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("out"), py::arg("tensors"),
              py::arg("device"), py::arg("stream"),
              "Enqueue merges of (new_base, [post, base, ...], out, count, counts); address 0 stands for zeros.");
+  module.attr("NORM_TOTALS_BYTES") = sizeof(cuda::NormTotals);
+  module.def("norms", &norms, py::kw_only(), py::arg("post"), py::arg("base"), py::arg("new_base"), py::arg("count"),
+             py::arg("totals"), py::arg("device"), py::arg("stream"),
+             "Enqueue the norms of operands (address, dtype), added to totals; address 0 stands for zeros.");
+  module.def("read_norms", &read_norms, py::arg("totals"),
+             "Return |post - base|^2, |new_base - base|^2, their inner product and max |post - base|, of the bytes of "
+             "totals.");
   const auto none = py::none();
   const std::pair<std::uint32_t, std::uint32_t> whole(0, 0);
   module.attr("TOTALS_BYTES") = sizeof(cuda::ScaledTotals);

@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from paramdelta.backends import Capabilities
+from paramdelta.backends import Capabilities, Norms, Operand
 from paramdelta.dtypes import MERGE_DTYPES, DType
 
 BUILD = "PARAMDELTA_BUILD_CUDA=1 pip install -e ."
@@ -70,7 +70,7 @@ def capabilities() -> Capabilities:
         inputs=MERGE_DTYPES,
         outputs=MERGE_DTYPES,
         variants=variants,
-        operations=("merge", "foreach", "merge_scaled"),
+        operations=("merge", "foreach", "norms", "merge_scaled"),
     )
 
 
@@ -90,6 +90,36 @@ def merge(
         device=device,
         stream=stream,
     )
+
+
+def norms(
+    post: Operand, base: Operand, new_base: Operand, count: int, totals: int, *, device: int, stream: int
+) -> None:
+    """Enqueue the norms of ``count`` elements, which are the whole tensor, as ``ops.norms`` defines them.
+
+    ``totals`` is where they are added to: the address of ``norm_totals_bytes()`` bytes of device memory that hold
+    zeros. ``read_norms`` makes numbers of a copy of them.
+    """
+    _extension().norms(
+        post=(post.address, post.dtype.code),
+        base=(base.address, base.dtype.code),
+        new_base=(new_base.address, new_base.dtype.code),
+        count=count,
+        totals=totals,
+        device=device,
+        stream=stream,
+    )
+
+
+def norm_totals_bytes() -> int:
+    """Return the size of what ``norms`` adds to: exact sums, which take leaves in any order."""
+    size: int = _extension().NORM_TOTALS_BYTES
+    return size
+
+
+def read_norms(totals: bytes) -> Norms:
+    """Return the norms of totals that were copied from a device: each sum is rounded once, here."""
+    return Norms(*_extension().read_norms(totals))
 
 
 def merge_scaled(**job: Any) -> None:

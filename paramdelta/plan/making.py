@@ -33,6 +33,9 @@ from paramdelta.plan.several import pair_all
 from paramdelta.plan.sidefiles import BASE_CONFIG, CARD, REBUILD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
 from paramdelta.plan.token_ids import GENERATION, TokenIds, token_ids
+from paramdelta.plan.tokenizers import describe as describe_tokenizers
+from paramdelta.plan.tokenizers import token_differences
+from paramdelta.plan.tokenizers import warnings_of as tokenizer_warnings
 from paramdelta.plan.turning import turn_stacks
 from paramdelta.plan.vocabulary import Alignment, settle, warnings_of
 from paramdelta.plan.vocabulary import describe as describe_alignment
@@ -104,6 +107,7 @@ def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
     if found is not None:
         policies["lossless"] = lossless.summary(layout, pairing, stored, found)
     policies |= _vocabulary_policy(alignment, ids, pairing)
+    other_tokens = token_differences(request, pairing, checkpoints)
     made = [
         SideFile(name=CARD, source=None, data=model_card(request, checkpoints), origin="made"),
         SideFile(name=RECORD, source=None, data=record(request, checkpoints, policies), origin="made"),
@@ -123,10 +127,11 @@ def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
         stored=stored,
         layout=layout,
         side_files=(*carried, *made),
-        policies=policies,
+        policies=policies | describe_tokenizers(other_tokens),  # not in the record: no byte of the output follows them
         warnings=(
             *config.warnings,
             *_vocabulary_warnings(alignment, ids, pairing, checkpoints),
+            *tokenizer_warnings(request, other_tokens),
             *_other_structures(checkpoints),
             *stored.notes,
             *notes,

@@ -13,10 +13,12 @@ REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``isa``: the CPU's instruction sets. ``kernels``: these, and the CUDA kernels on the host and on a device."""
-    for name in ("isa", "kernels"):
+    """``isa``: the CPU's instruction sets. ``kernels``: these, and the CUDA kernels on the host and on a device, and
+    Triton's. ``norm_kernels``: those of them that have norms."""
+    for name in ("isa", "kernels", "norm_kernels"):
         if name in metafunc.fixturenames:
-            reasons = cpu_variants() | (cuda_variants() if name == "kernels" else {})
+            devices = {"isa": (), "kernels": cuda_calls.KERNELS, "norm_kernels": cuda_calls.NORM_KERNELS}[name]
+            reasons = cpu_variants() | {each: cuda_calls.why_not(each) for each in devices}
             metafunc.parametrize(
                 name,
                 [
@@ -30,7 +32,3 @@ def cpu_variants() -> dict[str, str | None]:
     present = backends.get("cpu").capabilities().variants
     lacks = "this machine does not run {}: it runs " + ", ".join(present)
     return {name: None if name in present else lacks.format(name) for name in REQUIRED["cpu"]}
-
-
-def cuda_variants() -> dict[str, str | None]:
-    return {name: cuda_calls.why_not(name) for name in cuda_calls.KERNELS}

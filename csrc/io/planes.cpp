@@ -1,41 +1,18 @@
-// Planes of views as they lie in files: where the items of a piece are, how much memory they take, and how those that
-// are stored the other way round are turned.
-#pragma once
+// The geometry of planes.hpp.
+#include "io/planes.hpp"
 
 #include <algorithm>
-#include <cstddef>
-#include <cstdint>
 #include <cstring>
 
-#include "io/work.hpp"
-
 namespace paramdelta::io {
+namespace {
 
-// Items of a plane in a file: (r, c) at offset + r · row_stride + c · col_stride.
-struct Strided {
-  std::int32_t file;
-  std::int64_t offset, rows, row_stride, cols, col_stride;
-  std::size_t item;
-};
-
-inline bool by_columns(const Strided& from) {
-  return from.cols > 1 && from.col_stride != static_cast<std::int64_t>(from.item);
-}
-
-// Whether lines of `length` bytes, `stride` apart, are read in one call, with the little that lies between them.
-inline bool in_one(std::int64_t length, std::int64_t stride) { return 4 * stride <= 5 * length; }
-
-inline std::size_t bytes_read(std::int64_t lines, std::int64_t length, std::int64_t stride) {
+std::size_t bytes_read(std::int64_t lines, std::int64_t length, std::int64_t stride) {
   return static_cast<std::size_t>(lines * (in_one(length, stride) ? std::max(stride, length) : length));
 }
 
-// Whether nibbles lie in pairs along the columns of the file's matrix, which are the view's rows.
-inline bool turned_nibbles(const View& view) {
-  return bits_of(static_cast<Codec>(view.codec)) == 4 && view.col_stride != 1;
-}
-
 // `gap`: what a plane takes beyond its bytes.
-inline std::size_t memory_for(const Strided& from, std::size_t gap) {
+std::size_t memory_of(const Strided& from, std::size_t gap) {
   if (from.rows == 0 || from.cols == 0) return 0;
   const auto item = static_cast<std::int64_t>(from.item);
   const std::size_t packed = static_cast<std::size_t>(from.rows * from.cols) * from.item;
@@ -43,7 +20,17 @@ inline std::size_t memory_for(const Strided& from, std::size_t gap) {
   return bytes_read(from.rows, from.cols * item, from.row_stride) + gap;
 }
 
-inline Strided codes_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
+}  // namespace
+
+bool by_columns(const Strided& from) {
+  return from.cols > 1 && from.col_stride != static_cast<std::int64_t>(from.item);
+}
+
+bool in_one(std::int64_t length, std::int64_t stride) { return 4 * stride <= 5 * length; }
+
+bool turned_nibbles(const View& view) { return bits_of(static_cast<Codec>(view.codec)) == 4 && view.col_stride != 1; }
+
+Strided codes_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
   const int bits = bits_of(static_cast<Codec>(view.codec));
   const bool nibbles = bits == 4;
   if (turned_nibbles(view))  // a row is a pair
@@ -64,18 +51,13 @@ inline Strided codes_of(const View& view, std::int64_t row, std::int64_t rows, s
           nibbles ? 1 : static_cast<std::size_t>(bits / 8)};
 }
 
-// The block that an element lies in, and how far in.
-struct Place {
-  std::int64_t block;
-  std::uint32_t phase;
-};
-inline Place place_in(std::int64_t at, std::uint32_t phase, std::uint32_t block) {
+Place place_in(std::int64_t at, std::uint32_t phase, std::uint32_t block) {
   if (block == 0) return {0, 0};
   const std::int64_t element = at + phase;
   return {element / block, static_cast<std::uint32_t>(element % block)};
 }
 
-inline Strided scales_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
+Strided scales_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
   const Place r = place_in(row, view.row_phase, view.grid_rows), c = place_in(col, view.col_phase, view.grid_cols);
   return {view.scale_file,
           view.scale_offset + r.block * view.scale_row_stride + c.block * view.scale_col_stride,
@@ -86,8 +68,7 @@ inline Strided scales_of(const View& view, std::int64_t row, std::int64_t rows, 
           size_of(static_cast<DType>(view.scale_dtype))};
 }
 
-// Words of zero points; their rows are counted in elements, eight to a word.
-inline Strided zeros_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
+Strided zeros_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
   const std::int64_t first = (row + view.row_phase) / 8;
   const Place c = place_in(col, view.col_phase, view.grid_cols);
   return {view.zero_file,
@@ -99,32 +80,32 @@ inline Strided zeros_of(const View& view, std::int64_t row, std::int64_t rows, s
           4};
 }
 
-inline std::size_t memory_for(const View& view, std::int64_t rows, std::int64_t cols, std::size_t gap) {
+std::size_t memory_for(const View& view, std::int64_t rows, std::int64_t cols, std::size_t gap) {
   std::size_t bytes = 0;
   if (view.file != kZeros && turned_nibbles(view)) {
     const Strided codes = codes_of(view, 1, rows, 0, cols);
     bytes +=
         bytes_read(cols, codes.rows, codes.col_stride) + static_cast<std::size_t>(rows * ((cols + 1) / 2)) + 2 * gap;
   } else if (view.file != kZeros) {
-    bytes += memory_for(codes_of(view, 0, rows, 0, cols), gap);
+    bytes += memory_of(codes_of(view, 0, rows, 0, cols), gap);
   }
   // Wherever a piece starts within a block, it touches at most one more.
   if (view.scale_file != kAbsent) {
     Strided scales = scales_of(view, 0, rows, 0, cols);
     scales.rows += 1;
     scales.cols += 1;
-    bytes += memory_for(scales, gap);
+    bytes += memory_of(scales, gap);
   }
   if (view.zero_file != kAbsent) {
     Strided zeros = zeros_of(view, 0, rows + 8, 0, cols);
     zeros.cols += 1;
-    bytes += memory_for(zeros, gap);
+    bytes += memory_of(zeros, gap);
   }
   return bytes;
 }
 
-inline void turn(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows, std::int64_t cols,
-                 std::size_t item) {
+void turn(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows, std::int64_t cols,
+          std::size_t item) {
   constexpr std::int64_t kTile = 32;  // of elements: lines of both sides stay in the first-level cache
   for (std::int64_t r0 = 0; r0 < rows; r0 += kTile)
     for (std::int64_t c0 = 0; c0 < cols; c0 += kTile)
@@ -134,9 +115,8 @@ inline void turn(const std::byte* from, std::int64_t stride, std::byte* to, std:
                       from + c * stride + r * static_cast<std::int64_t>(item), item);
 }
 
-// Nibble r of line c becomes nibble c of row r; `odd`: the first is the high half of its byte.
-inline void turn_nibbles(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows,
-                         std::int64_t cols, std::int64_t odd) {
+void turn_nibbles(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows, std::int64_t cols,
+                  std::int64_t odd) {
   constexpr std::int64_t kTile = 64;
   const std::int64_t pitch = (cols + 1) / 2;
   const auto nibble = [&](std::int64_t r, std::int64_t c) {
