@@ -40,7 +40,7 @@ LAYERS = [
     ("torch_ops",),
     ("sharded_matrices",),
     ("ops", "scaled"),
-    ("device_tensors", "planes"),
+    ("device_tensors", "planes", "tensor_lists"),
     ("tensors",),
     ("storage", "stages"),
     ("backends",),

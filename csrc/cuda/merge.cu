@@ -84,13 +84,13 @@ void merge(const Signature& given, const std::vector<TensorAddresses>& given_ten
   if (signature.terms.size() != given.terms.size()) {
     without_idle = given_tensors;
     for (TensorAddresses& tensor : without_idle) {
-      std::size_t kept = 0;
+      PairAddresses kept;
       for (std::size_t t = 0; t < given.terms.size(); ++t) {
         if (given.terms[t].alpha == 0.0) continue;
-        tensor.pairs[kept++] = tensor.pairs[2 * t];
-        tensor.pairs[kept++] = tensor.pairs[2 * t + 1];
+        kept.push_back(tensor.pairs.begin()[2 * t]);
+        kept.push_back(tensor.pairs.begin()[2 * t + 1]);
       }
-      tensor.pairs.resize(kept);
+      tensor.pairs = kept;
     }
   }
   const std::vector<TensorAddresses>& tensors = without_idle.empty() ? given_tensors : without_idle;

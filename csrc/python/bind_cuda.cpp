@@ -43,7 +43,8 @@ void merge(int new_base, const std::vector<std::tuple<int, int, double>>& terms,
   for (const auto& [post, base, alpha] : terms) signature.terms.push_back({dtype_of(post), dtype_of(base), alpha});
   std::vector<cuda::TensorAddresses> list;
   list.reserve(tensors.size());
-  for (const auto& [first, pairs, to, count, counts] : tensors) list.push_back({first, pairs, to, count, counts});
+  for (const auto& [first, pairs, to, count, counts] : tensors)
+    list.push_back({first, cuda::PairAddresses(pairs), to, count, counts});
   const py::gil_scoped_release unlocked;
   cuda::merge(signature, list, device, stream);
 }
@@ -65,7 +66,10 @@ bool merge_tensors(TensorMerges& tensors, const py::object& outs, const py::obje
   for (std::size_t k = 0; k < merges.size(); ++k) {
     const ListedMerge& merge = merges[k];
     const Types types(merge.new_base.dtype, merge.out.dtype, merge.post.dtype, merge.base.dtype, merge.alpha);
-    if (group == nullptr || types != last) group = &groups[types], last = types;
+    if (group == nullptr || types != last) {
+      group = &groups[types], last = types;
+      if (k == 0) group->reserve(merges.size());  // lists are mostly of one signature
+    }
     if (merge.count != 0)
       group->push_back({merge.new_base.address,
                         {merge.post.address, merge.base.address},

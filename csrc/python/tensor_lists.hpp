@@ -35,7 +35,11 @@ class TensorReader {
  public:
   // `types`: torch.Tensor and those beside it that are nothing but tensors. A subclass may mean anything by its memory.
   TensorReader(pybind11::tuple types, std::int32_t device_type) : types_(std::move(types)), device_type_(device_type) {
-    if (types_.size() != 0) exchange_ = dlpack::exchange_of(PyTuple_GET_ITEM(types_.ptr(), 0));
+    if (types_.size() == 0) return;
+    exchange_ = dlpack::exchange_of(PyTuple_GET_ITEM(types_.ptr(), 0));
+    requires_grad_ = attribute("requires_grad");
+    is_neg_ = attribute("is_neg");
+    if (!requires_grad_ || !is_neg_) exchange_ = nullptr;
   }
 
   bool usable() const { return exchange_ != nullptr; }
@@ -58,18 +62,36 @@ class TensorReader {
 
  private:
   bool is_plain(PyObject* x) const {
-    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     bool known = false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(types_.ptr()); ++i)
       known = known || reinterpret_cast<PyObject*>(Py_TYPE(x)) == PyTuple_GET_ITEM(types_.ptr(), i);
     if (!known) return false;
-    PyObject* const grad = PyObject_GetAttr(x, requires_grad);
-    Py_XDECREF(grad);
-    if (grad != Py_False) return false;
-    PyObject* const negated = PyObject_CallMethodNoArgs(x, is_neg);
-    Py_XDECREF(negated);
-    return negated == Py_False;
+    return !says_yes(requires_grad_, x) && !says_yes(is_neg_, x);
+  }
+
+  // An attribute of the first type, by which it is read of objects of all of them: null where one has its own.
+  pybind11::object attribute(const char* name) const {
+    PyObject* found = nullptr;
+    for (const pybind11::handle type : types_) {
+      PyObject* const own = PyObject_GetAttrString(type.ptr(), name);
+      const bool same = own != nullptr && (found == nullptr || own == found);
+      Py_XDECREF(own);  // the type keeps it
+      if (!same) return PyErr_Clear(), pybind11::object();
+      found = own;
+    }
+    const bool readable = Py_TYPE(found) == &PyGetSetDescr_Type || Py_TYPE(found) == &PyMethodDescr_Type;
+    return readable ? pybind11::reinterpret_borrow<pybind11::object>(found) : pybind11::object();
+  }
+
+  // Whether a property, or a method without arguments, is anything but false.
+  static bool says_yes(const pybind11::object& descriptor, PyObject* x) {
+    PyObject* said;
+    if (Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type)
+      said = Py_TYPE(descriptor.ptr())->tp_descr_get(descriptor.ptr(), x, reinterpret_cast<PyObject*>(Py_TYPE(x)));
+    else
+      said = PyObject_Vectorcall(descriptor.ptr(), &x, 1, nullptr);
+    Py_XDECREF(said);
+    return said != Py_False;
   }
 
   bool fits(const dlpack::View& view, std::uint64_t& count) {
@@ -91,6 +113,7 @@ class TensorReader {
   std::int32_t device_type_;
   dlpack::Device device_{0, 0};
   const dlpack::Exchange* exchange_ = nullptr;
+  pybind11::object requires_grad_, is_neg_;
 };
 
 // The dtype with arithmetic that an element type is, or false.
