@@ -238,10 +238,10 @@ def enqueue_many(
     if read and (any(t.kind == "cuda" for each in operands for t in each) or _enqueued_from_host()):
         return device_tensors.merge_many(read, outs, wanted)
     done = [
-        merge(*each[:3], alpha=pair[2], out=outs and outs[k], dtype=dtype, threads=threads)
-        for k, (each, (_, (pair,))) in enumerate(zip(merges, read, strict=True))
+        _merge(new, (("post", post, "base", base, alpha),), targets[k] if outs else None, dtype, threads, False)
+        for k, (new, ((post, base, alpha),)) in enumerate(read)
     ]
-    return [each.out for each in done], [each.counts for each in done]
+    return list(outs) if outs else [each.out for each in done], [each.counts for each in done]
 
 
 def decode(x: Any, *, out: Any = None, dtype: Any = F64, threads: int | None = None) -> Any:

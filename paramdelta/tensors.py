@@ -61,7 +61,12 @@ class Tensor:
 
 
 def read_operand(name: str, x: Any) -> Tensor:
-    """Return ``x`` as stored codes; raise OperandTypeError or OperandError, naming it, where it is none of ours."""
+    """Return ``x`` as stored codes; raise OperandTypeError or OperandError, naming it, where it is none of ours.
+
+    What has been read already is returned as it is.
+    """
+    if isinstance(x, Tensor):
+        return x
     if isinstance(x, np.ndarray):
         return _read_numpy(name, x)
     torch = sys.modules.get("torch")
@@ -108,7 +113,11 @@ def check_apart(outs: Sequence[Tensor], operands: Sequence[Sequence[Tensor]]) ->
     ``operands[k]`` are those of the merge into ``outs[k]``. Merges of a list have no order among themselves.
     """
     listed = [(*_extent(out.codes), k, True, out) for k, out in enumerate(outs) if out.codes.size]
+    if not listed:
+        return
     listed += [(*_extent(x.codes), k, False, x) for k, each in enumerate(operands) for x in each if x.codes.size]
+    if _spans_are_apart(np.array([each[:4] for each in listed], np.int64)):
+        return
     # By address; an output is compared with all that begins before it and ends beyond its beginning, an operand with
     # outputs alone.
     open_outs: list[tuple[int, int, int, Tensor]] = []
@@ -248,8 +257,26 @@ def _same_elements(a: NDArray[Any], b: NDArray[Any]) -> bool:
     )
 
 
+def _spans_are_apart(spans: NDArray[np.int64]) -> bool:
+    """Return whether no span of an output meets one of another merge: rows of first, end, merge, whether an output."""
+    outs = spans[spans[:, 3] == 1]
+    outs = outs[np.argsort(outs[:, 0])]
+    if (outs[1:, 0] < outs[:-1, 1]).any():
+        return False
+    operands = spans[spans[:, 3] == 0]
+    after = np.searchsorted(outs[:, 1], operands[:, 0], side="right")  # the first output that ends beyond its beginning
+    operands, after = operands[after < len(outs)], after[after < len(outs)]
+    meets = (outs[after, 0] < operands[:, 1]) & (outs[after, 2] != operands[:, 2])
+    # An operand may reach beyond its own output, into the next.
+    beyond = np.minimum(after + 1, len(outs) - 1)
+    meets |= (beyond > after) & (outs[beyond, 0] < operands[:, 1])
+    return not meets.any()
+
+
 def _extent(a: NDArray[Any]) -> tuple[int, int]:
     """Return the addresses of an array's first byte and of the one after its last."""
+    if a.flags.c_contiguous:
+        return (at := a.__array_interface__["data"][0]), at + a.nbytes
     steps = [stride * (n - 1) for stride, n in zip(a.strides, a.shape, strict=True)]
     first: int = a.__array_interface__["data"][0]
     return first + sum(s for s in steps if s < 0), first + sum(s for s in steps if s > 0) + a.itemsize
