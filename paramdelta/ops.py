@@ -195,14 +195,16 @@ def merge_many(
     each, apart from all tensors of the other merges, which have no order. All must be on one device, or be DTensors on
     one mesh, each merge's placed alike. All else is as for :func:`merge`; nothing is written unless all is in order.
 
-    Plain tensors (dense, in row-major order) cost about a microsecond of the host's time each, with PyTorch 2.10 or
-    later; outputs that are given save what allocating them takes. One tensor of another kind sends the whole list the
-    general way, some fifty microseconds a tensor.
-
     Returns
     -------
     MergedTensors
         A sequence of ``Merged``, in order.
+
+    Notes
+    -----
+    Tensors that are dense, in row-major order, cost about a microsecond of the host's time each with PyTorch 2.10 or
+    later; outputs that are given save what allocating them takes. One tensor of another kind sends the whole list the
+    general way: some fifty microseconds for each.
     """
     return MergedTensors(*enqueue_many(merges, outs, dtype, threads))
 

@@ -207,6 +207,7 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
         raise OperandError(f"{name}: is a lazily negated view; pass {name}.resolve_neg()")
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if x.device.type == "cuda":
+        _has_memory(name, x)
         return Tensor(name, geometry(x), dtype, "cuda", x)
     try:
         codes = x.view(integers[dtype.itemsize]).numpy()
@@ -214,7 +215,16 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
         raise OperandTypeError(
             f"{name}: its memory cannot be read ({type(x).__qualname__}: {shown(error)}); pass a plain dense tensor"
         ) from error
+    _has_memory(name, x)
     return Tensor(name, codes.view(f"u{dtype.itemsize}"), dtype, "torch", x)
+
+
+def _has_memory(name: str, x: Any) -> None:
+    """Raise OperandError where a tensor has elements but no memory: an address of 0 would stand for zeros."""
+    if x.numel() and not x.data_ptr():
+        raise OperandError(
+            f"{name}: holds no data: its storage is empty, as FSDP leaves that of parameters between uses; gather it first"
+        )
 
 
 class _Geometry:

@@ -162,6 +162,12 @@ class Subclass(torch.Tensor):
     """What its memory means is for it to say."""
 
 
+def freed() -> torch.Tensor:
+    x = weights(1, 8)
+    x.untyped_storage().resize_(0)
+    return x
+
+
 ODD: dict[str, tuple[Callable[[], Any], str | None]] = {
     "strided": (lambda: weights(1, 8, 2)[:, 0], None),
     "expanded": (lambda: weights(1, 1).expand(8), None),
@@ -173,6 +179,7 @@ ODD: dict[str, tuple[Callable[[], Any], str | None]] = {
     "integer": (lambda: torch.ones(8, dtype=torch.int32), "expected one of"),
     "complex": (lambda: torch.ones(8, dtype=torch.complex64), "expected one of"),
     "fnuz": (lambda: weights(1, 8).to(torch.float8_e4m3fnuz), "expected one of"),
+    "freed": (freed, "holds no data"),
     "meta": (lambda: torch.empty(8, device="meta"), "is on meta"),
     "shape": (lambda: weights(1, 2, 4), "expected the shape"),
     "no tensor": (lambda: [1.0] * 8, "expected a numpy.ndarray"),
