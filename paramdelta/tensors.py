@@ -223,7 +223,8 @@ def _has_memory(name: str, x: Any) -> None:
     """Raise OperandError where a tensor has elements but no memory: an address of 0 would stand for zeros."""
     if x.numel() and not x.data_ptr():
         raise OperandError(
-            f"{name}: holds no data: its storage is empty, as FSDP leaves that of parameters between uses; gather it first"
+            f"{name}: holds no data: its storage is empty, as FSDP leaves that of parameters between uses; "
+            "gather it first"
         )
 
 
