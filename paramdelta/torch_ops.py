@@ -111,7 +111,7 @@ def _merge_many_to(
     return _stacked(ops.enqueue_many(merges, outs, None)[1])
 
 
-def _stacked(counts: list[Any] | Tensor) -> Tensor:
+def _stacked(counts: Sequence[Counts] | Tensor) -> Tensor:
     """Return counts [n, 3]: as a device holds them, or made of numbers."""
     if isinstance(counts, Tensor):
         return counts

@@ -157,7 +157,7 @@ def test_public_functions_take_the_backend_that_is_named(monkeypatch: pytest.Mon
     outs, counts = torch_ops.merge_many(posts, bases, new_bases, 0.5)
     assert counts.tolist() == [list(each.counts) for each in want]
     assert all((bits(out) == bits(each.out)).all() for out, each in zip(outs, want, strict=True))
-    assert ops.merge_many([]) == []
+    assert list(ops.merge_many([])) == []
     with pytest.raises(OperandError, match="no backend but cpu takes"):
         ops.merge(*(np.zeros(3, np.float32) for _ in range(3)))
     with pytest.raises(OperandTypeError, match="merge_many takes many tensors"):

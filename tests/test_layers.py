@@ -42,7 +42,7 @@ LAYERS = [
     ("sharded_matrices",),
     ("ops", "scaled"),
     ("device_norms",),
-    ("device_tensors", "planes"),
+    ("device_tensors", "planes", "tensor_lists"),
     ("tensors",),
     ("storage", "stages"),
     ("backends",),

@@ -66,7 +66,7 @@ def capabilities() -> Capabilities:
     """
     _, variants = _found(_extension())
     return Capabilities(
-        devices=("cpu",) if variants == ("host",) else ("cuda",),
+        devices=(memory(),),
         inputs=MERGE_DTYPES,
         outputs=MERGE_DTYPES,
         variants=variants,
@@ -120,6 +120,27 @@ def norm_totals_bytes() -> int:
 def read_norms(totals: bytes) -> Norms:
     """Return the norms of totals that were copied from a device: each sum is rounded once, here."""
     return Norms(*_extension().read_norms(totals))
+
+
+def memory() -> str:
+    """Return the torch device type whose memory the extension takes."""
+    return "cpu" if _found(_extension())[1] == ("host",) else "cuda"
+
+
+def read_tensor_merges(merges: Any, types: tuple[type, ...]) -> Any:
+    """Return a list of (post, base, new_base[, alpha]) of plain tensors of one device, of ``types``, as the extension
+    reads it, or None where one is out of the ordinary. It keeps the tensors alive."""
+    return _extension().read_tensor_merges(merges, types)
+
+
+def merge_tensors(read: Any, outs: list[Any], counts: Any, dtype: DType | None) -> bool:
+    """Enqueue merges that were read on PyTorch's current stream, their counts being added to a tensor [n, 3] of int64.
+
+    False, nothing being enqueued, where an output is out of the ordinary, not of ``dtype``, or not apart from the
+    other tensors.
+    """
+    enqueued: bool = read.merge(outs, counts, dtype=-1 if dtype is None else dtype.code)
+    return enqueued
 
 
 def merge_scaled(**job: Any) -> None:
