@@ -43,7 +43,9 @@ LINK_FLAGS = ["-pthread"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else [])
 ParallelCompile("PARAMDELTA_BUILD_JOBS", default=0).install()
 
 # The parts of the module in csrc/python, by name: bind_cuda.cpp beside them belongs to another module.
-PARTS = [f"csrc/python/bind_{part}.cpp" for part in ("cpu", "checksums", "ops", "gram", "scaled", "engine", "stage")]
+PARTS = [
+    f"csrc/python/bind_{part}.cpp" for part in ("cpu", "checksums", "ops", "lists", "gram", "scaled", "engine", "stage")
+]
 
 MODULES = [
     Pybind11Extension(

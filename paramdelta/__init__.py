@@ -2,8 +2,9 @@
 
 ``merge`` writes a checkpoint folder, ``extract`` and ``apply`` do so in two steps with the delta as a folder between
 them, ``recycle`` takes a delta from version to version of a base, ``stream`` yields merged tensors without writing,
-``ops`` merges arrays and tensors in memory, ``reference`` states the arithmetic in NumPy. Importing this package
-imports none of them, and nothing in it imports torch until a torch tensor is passed in.
+``merge_into`` changes a model that is loaded, ``ops`` merges arrays and tensors in memory, ``reference`` states the
+arithmetic in NumPy. Importing this package imports none of them, and nothing in it imports torch until a torch tensor
+is passed in.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from paramdelta.errors import (
     OperandError,
     OperandTypeError,
     ParamDeltaError,
+    PartlyMergedError,
     PlanError,
     PrecisionError,
     StorageError,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from paramdelta.analysis import Analysis, analyze
     from paramdelta.deltas import apply, extract
     from paramdelta.gathering import finalize
+    from paramdelta.loaded import merge_into
     from paramdelta.merging import merge
     from paramdelta.recycling import recycle
     from paramdelta.report import MergeReport, SweepReport
@@ -43,6 +46,7 @@ _LAZY = {
     "analyze": "paramdelta.analysis",
     "Analysis": "paramdelta.analysis",
     "merge": "paramdelta.merging",
+    "merge_into": "paramdelta.loaded",
     "stream": "paramdelta.streaming",
     "verify": "paramdelta.verification",
     "finalize": "paramdelta.gathering",
@@ -67,6 +71,7 @@ __all__ = [
     "OperandError",
     "OperandTypeError",
     "ParamDeltaError",
+    "PartlyMergedError",
     "PlanError",
     "PrecisionError",
     "StorageError",
@@ -78,6 +83,7 @@ __all__ = [
     "finalize",
     "interpolate",
     "merge",
+    "merge_into",
     "ops",
     "recycle",
     "reference",

@@ -6,6 +6,7 @@ _Matrix = tuple[int, int, int, _Scales | None]
 _Recipe = tuple[int, int, int, bool, bool, float, float, float]
 
 TOTALS_BYTES: int
+NORM_TOTALS_BYTES: int
 
 class DeviceError(RuntimeError): ...
 
@@ -23,6 +24,17 @@ def merge(
     device: int,
     stream: int,
 ) -> None: ...
+def norms(
+    *,
+    post: tuple[int, int],
+    base: tuple[int, int],
+    new_base: tuple[int, int],
+    count: int,
+    totals: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def read_norms(totals: bytes) -> tuple[float, float, float, float]: ...
 def most_scaled_terms() -> int: ...
 def workspace_bytes(
     *,

@@ -105,12 +105,7 @@ def merge_many(
     for k, (new_base, terms) in enumerate(merges):
         operands = [new_base, *(t for post, base, _ in terms for t in (post, base))]
         same_shape(operands)
-        for operand in operands:
-            if _device(operand) != first.device:
-                raise OperandError(
-                    f"{operand.name}: is on {_device(operand)}, but {merges[0][0].name} is on {first.device}; "
-                    "move one to the other's device first"
-                )
+        same_device(operands, merges[0][0].name, first.device)
         if outs is None:
             target, result = allocate(new_base, dtype or new_base.dtype)
         else:
@@ -157,6 +152,16 @@ def place_of(tensor: Any) -> tuple[int, int]:
         return 0, 0
     torch = sys.modules["torch"]
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def same_device(operands: Sequence[Tensor], name: str, device: Any) -> None:
+    """Raise OperandError unless all operands are on the device that ``name`` is on."""
+    for operand in operands:
+        if _device(operand) != device:
+            raise OperandError(
+                f"{operand.name}: is on {_device(operand)}, but {name} is on {device}; "
+                "move one to the other's device first"
+            )
 
 
 def _device(tensor: Tensor) -> Any:

@@ -110,6 +110,17 @@ def resolved(options: engine.EngineOptions | None, work: Work) -> engine.EngineO
     return options if choice.device == "cpu" else _with_stage(options, choice.device)
 
 
+def on(device: str, options: engine.EngineOptions) -> engine.EngineOptions:
+    """Return the options for work on a device, with a stage that may serve many runs, one after the other. Raises
+    BackendError."""
+    return replace(options, device=device) if device == "cpu" else _with_stage(options, device)
+
+
+def most_deltas() -> int:
+    """Return how many deltas a GPU's kernels add up, in plain and in quantised merges."""
+    return int(_cuda().most_deltas())
+
+
 def _cuda() -> ModuleType:
     return importlib.import_module("paramdelta.backends.cuda")
 

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from paramdelta.errors import OperandError, ResourceError, StorageError, storage_errors
+from paramdelta.memory import DeviceMemory, Memory
 from paramdelta.storage import (
     CACHED,
     WAITING_SLOT,
@@ -39,13 +40,6 @@ SMALLEST_SLOT = 1 << 17
 LARGEST_SLOT = 1 << 23
 WAKE_SECONDS = 0.1
 COLUMNS = ("spans", "terms", "regions", "region_terms", "views", "recipes", "extents")
-
-
-class DeviceMemory(NamedTuple):
-    """Memory of the device that a run's stage computes on."""
-
-    address: int
-    nbytes: int
 
 
 # Files, memory, a device's memory, or only sizes: what is written is not kept.
@@ -226,20 +220,31 @@ def carry_out(
 ) -> RunResult:
     """Carry out settled work, as :func:`run`, by ``paths`` if they are given. The result adds to ``before``, that of
     what was done already."""
+    running = start(work, outputs, tensors=tensors, options=options, paths=paths)
+    return completed(running, before=before, on_progress=on_progress)
+
+
+def completed(
+    running: RunningWork,
+    *,
+    before: RunResult | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> RunResult:
+    """Wait for work that was started, and return what it did; the arguments, and what is raised, as in
+    :func:`carry_out`."""
     before = before or NOTHING
-    run_ = start(work, outputs, tensors=tensors, options=options, paths=paths)
 
     def report(read: int, written: int) -> None:
         if on_progress is not None:
             on_progress(before.bytes_read + read, before.bytes_written + written)
 
     try:
-        while not run_.wait_for(WAKE_SECONDS):
-            report(*run_.progress())
-        result = run_.finish()
+        while not running.wait_for(WAKE_SECONDS):
+            report(*running.progress())
+        result = running.finish()
         report(result.bytes_read, result.bytes_written)
     except BaseException:
-        run_.abandon()
+        running.abandon()
         raise
     return replace(
         result,
@@ -350,6 +355,8 @@ def paths_for(work: Work, outputs: Outputs, options: EngineOptions | None = None
 
 def _opened(file: Any, access: str | None) -> Any:
     """Return a file as the extension takes it: (path, access), or memory as it is."""
+    if isinstance(file, Memory):
+        file = file.place
     if isinstance(file, DeviceMemory):
         return list(file)
     return (os.fsencode(file), access or CACHED) if isinstance(file, Path) else file

@@ -147,6 +147,27 @@ class DeviceError(ParamDeltaError, RuntimeError):
     remedy = "the same command continues where it stopped; --memory makes slots smaller, --device cpu needs no device"
 
 
+class PartlyMergedError(ParamDeltaError, RuntimeError):
+    """A merge into a loaded model failed on the way, and the model is neither what it was nor what it was to be.
+
+    ``done``, ``in_part`` and ``untouched`` are the names of the tensors that are merged, that may be in part, and that
+    are as they were; ``__cause__`` is what failed. A tensor must not be merged twice: load the model again.
+    """
+
+    remedy = "load the model again before it is used, or merged; rehearse=True finds what can be found beforehand"
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        done: tuple[str, ...] = (),
+        in_part: tuple[str, ...] = (),
+        untouched: tuple[str, ...] = (),
+    ) -> None:
+        self.done, self.in_part, self.untouched = done, in_part, untouched
+        super().__init__(text)
+
+
 class NotPublishedError(ParamDeltaError, ArithmeticError):
     """The merge finished, but its result is not what was asked for; nothing was published. ``report`` is the
     MergeReport."""

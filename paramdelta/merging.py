@@ -178,16 +178,21 @@ def conclude(plan: Plan, staging: Staging, result: engine.RunResult, *, resumed:
 
 
 def judged(
-    plan: Plan, result: engine.RunResult, *, resumed: int, outcome: str = "nothing was published"
+    plan: Plan,
+    result: engine.RunResult,
+    *,
+    resumed: int,
+    outcome: str = "nothing was published",
+    remedy: str = "--allow-nonfinite publishes the folder as it is",
 ) -> tuple[MergeReport, NotPublishedError | None]:
     """Return the report of a merge whose weights are done, and the error that keeps it from being published, if any;
-    ``outcome`` says so in words."""
+    ``outcome`` says so in words, and ``remedy`` what lets results pass that are not finite."""
     request = plan.request
     nonfinite, quantised = _nonfinite(plan, result), losses(plan, result)
     lossy = _too_lossy(quantised, request.max_quant_error, outcome)
     error: NotPublishedError | None = None
     if nonfinite and not request.allow_nonfinite:
-        error = NonFiniteError(_nonfinite_text(nonfinite, outcome))
+        error = NonFiniteError(_nonfinite_text(nonfinite, outcome, remedy))
     elif lossy:
         error = PrecisionError(lossy)
     report = MergeReport(
@@ -322,7 +327,7 @@ def _nonfinite(plan: Plan, result: engine.RunResult) -> tuple[NonFinite, ...]:
     )
 
 
-def _nonfinite_text(rows: tuple[NonFinite, ...], outcome: str) -> str:
+def _nonfinite_text(rows: tuple[NonFinite, ...], outcome: str, remedy: str) -> str:
     lines = [
         f"  {shown(r.tensor)} ({r.dtype}, {r.elements:,} elements): "
         + ", ".join(f"{n:,} {what}" for n, what in ((r.nan, "NaN"), (r.inf, "Inf"), (r.overflow, "overflow")) if n)
@@ -332,6 +337,6 @@ def _nonfinite_text(rows: tuple[NonFinite, ...], outcome: str) -> str:
         [
             f"{len(rows)} tensor{'s have' if len(rows) != 1 else ' has'} results that are not finite; {outcome}:",
             *lines,
-            "    → look at these tensors in the inputs; --allow-nonfinite publishes the folder as it is",
+            f"    → look at these tensors in the inputs; {remedy}",
         ]
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from paramdelta import devices, engine
 from paramdelta.errors import NonFiniteError, OperandError, StorageError, shown
+from paramdelta.memory import DeviceMemory
 from paramdelta.merging import prepare
 from paramdelta.plan.work import Work
 from paramdelta.stages import Kernel, KernelStage
@@ -120,7 +121,7 @@ class Batch:
             _wait_for_earlier_work(device)
         self._values = [value for value, _ in pairs]
         plan.check_inputs()
-        part = _into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
+        part = into_memory(work, tensors, [memory.nbytes for _, memory in pairs])
         self._run = engine.start(part, [memory for _, memory in pairs], tensors=len(plan.names), options=options)
 
     def finish(self) -> list[tuple[str, Any]]:
@@ -145,7 +146,7 @@ class Batch:
         self._run.abandon()
 
 
-def _into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
+def into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
     """Return the part of ``work`` that makes ``tensors``, each an output of its own that starts at byte 0, and only
     the input files it needs. Of a region whose codes or scales belong elsewhere, only the wanted plane is kept."""
 
@@ -175,8 +176,8 @@ def _into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
         rows[offset] = np.where(chosen, rows[offset] - first[local], 0)
     terms, views = work.terms.copy(), work.views.copy()
     used = np.zeros(len(work.inputs) + 1, bool)
-    term_rows = _referred(spans)
-    region_terms = work.region_terms[_referred(regions)]
+    term_rows = referred(spans)
+    region_terms = work.region_terms[referred(regions)]
     view_rows = np.concatenate([regions["new_view"], region_terms["post_view"], region_terms["base_view"]])
     of_views = [views[column] for column in ("file", "scale_file", "zero_file", "second_file")]
     of_regions = [regions[column] for column in ("given_file", "second_file")]
@@ -202,7 +203,7 @@ def _into_memory(work: Work, tensors: Sequence[int], sizes: list[int]) -> Work:
     )
 
 
-def _referred(rows: Column) -> Column:
+def referred(rows: Column) -> Column:
     """Return the numbers of the terms that spans or regions refer to."""
     pairs = zip(rows["first_term"].tolist(), rows["n_terms"].tolist(), strict=True)
     return np.concatenate([np.arange(0), *(np.arange(first, first + count) for first, count in pairs if count)])
@@ -217,7 +218,7 @@ def _allocate_numpy(plan: Plan, tensor: int) -> tuple[Any, np.ndarray[Any, Any]]
     return value, value.reshape(-1).view(np.uint8)
 
 
-def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarray[Any, Any] | engine.DeviceMemory]:
+def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarray[Any, Any] | DeviceMemory]:
     import torch
 
     dtype, shape = plan.dtype_of(tensor), plan.shape_of(tensor)
@@ -228,7 +229,7 @@ def _allocate_torch(plan: Plan, tensor: int, device: str) -> tuple[Any, np.ndarr
         )
     value = torch.empty(shape, dtype=torch_dtype, device=device)
     if device != "cpu":
-        return value, engine.DeviceMemory(value.data_ptr(), value.nbytes)
+        return value, DeviceMemory(value.data_ptr(), value.nbytes)
     return value, value.reshape(-1).view(torch.uint8).numpy()
 
 

@@ -8,6 +8,7 @@ themselves.
 
 from __future__ import annotations
 
+import heapq
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _SUPPORTED = ", ".join(d.name for d in MERGE_DTYPES)
 # Deciding whether two strided views share an element can take exponentially long: beyond this, they count as
 # sharing.
 _OVERLAP_WORK = 100_000
+# Views that interleave, such as a matrix's columns, are compared one by one: a second or two for so many pairs.
+_PAIRS = 1 << 20
 _TooHard: type[Exception] = getattr(np, "exceptions", np).TooHardError  # NumPy 1.24 has it at the top
 
 
@@ -58,7 +61,12 @@ class Tensor:
 
 
 def read_operand(name: str, x: Any) -> Tensor:
-    """Return ``x`` as stored codes; raise OperandTypeError or OperandError, naming it, where it is none of ours."""
+    """Return ``x`` as stored codes; raise OperandTypeError or OperandError, naming it, where it is none of ours.
+
+    What has been read already is returned as it is.
+    """
+    if isinstance(x, Tensor):
+        return x
     if isinstance(x, np.ndarray):
         return _read_numpy(name, x)
     torch = sys.modules.get("torch")
@@ -77,26 +85,57 @@ def is_distributed(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def read_out(out: Any, operands: Sequence[Tensor], dtype: DType | None) -> Tensor:
+def read_out(out: Any, operands: Sequence[Tensor], dtype: DType | None, name: str = "out") -> Tensor:
     """Return ``out`` as stored codes, checked against the operands that are read while it is written."""
-    target = read_operand("out", out)
+    target = read_operand(name, out)
     if not target.codes.flags.writeable:
-        raise OperandError("out: expected writable memory, got a read-only array; pass a copy")
+        raise OperandError(f"{name}: expected writable memory, got a read-only array; pass a copy")
     first = operands[0]
     if target.codes.shape != first.codes.shape:
-        raise OperandError(f"out: expected the shape of {first.name}, {first.codes.shape}, got {target.codes.shape}")
+        raise OperandError(f"{name}: expected the shape of {first.name}, {first.codes.shape}, got {target.codes.shape}")
     if dtype is not None and target.dtype != dtype:
         raise OperandError(
-            f"out: expected dtype {dtype}, got {target.dtype}; leave dtype out, or change one of the two"
+            f"{name}: expected dtype {dtype}, got {target.dtype}; leave dtype out, or change one of the two"
         )
     if _overlaps_itself(target.codes):
-        raise OperandError("out: expected distinct elements, got a view whose elements share memory; pass a copy")
+        raise OperandError(f"{name}: expected distinct elements, got a view whose elements share memory; pass a copy")
     for operand in operands:
         if _overlap_in_part(target.codes, operand.codes):
             raise OperandError(
-                f"out: overlaps {operand.name} in part; pass exactly the same elements, or memory apart from it"
+                f"{name}: overlaps {operand.name} in part; pass exactly the same elements, or memory apart from it"
             )
     return target
+
+
+def check_apart(outs: Sequence[Tensor], operands: Sequence[Sequence[Tensor]]) -> None:
+    """Raise OperandError where an output of a list shares an element with a tensor of another of its merges.
+
+    ``operands[k]`` are those of the merge into ``outs[k]``. Merges of a list have no order among themselves.
+    """
+    listed = [(*_extent(out.codes), k, True, out) for k, out in enumerate(outs) if out.codes.size]
+    if not listed:
+        return
+    listed += [(*_extent(x.codes), k, False, x) for k, each in enumerate(operands) for x in each if x.codes.size]
+    if _spans_are_apart(np.array([each[:4] for each in listed], np.int64)):
+        return
+    # By address; an output is compared with all that begins before it and ends beyond its beginning, an operand with
+    # outputs alone.
+    open_outs: list[tuple[int, int, int, Tensor]] = []
+    open_operands: list[tuple[int, int, int, Tensor]] = []
+    pairs = 0
+    for serial, (first, end, k, is_out, tensor) in enumerate(sorted(listed, key=lambda each: each[:2])):
+        for queue in (open_outs, open_operands):
+            while queue and queue[0][0] <= first:
+                heapq.heappop(queue)
+        for _, _, other_k, other in (*open_outs, *(open_operands if is_out else ())):
+            pairs += 1
+            if k != other_k and (pairs > _PAIRS or _share_elements(tensor.codes, other.codes)):
+                out, against = (tensor, other) if is_out else (other, tensor)
+                raise OperandError(
+                    f"{out.name}: shares memory with {against.name}; merges of a list have no order: pass outputs that "
+                    "are apart from all tensors of the other merges, or call merge for each"
+                )
+        heapq.heappush(open_outs if is_out else open_operands, (end, serial, k, tensor))
 
 
 def allocate(like: Tensor, dtype: DType) -> tuple[Tensor, Any]:
@@ -168,6 +207,7 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
         raise OperandError(f"{name}: is a lazily negated view; pass {name}.resolve_neg()")
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if x.device.type == "cuda":
+        _has_memory(name, x)
         return Tensor(name, geometry(x), dtype, "cuda", x)
     try:
         codes = x.view(integers[dtype.itemsize]).numpy()
@@ -175,7 +215,17 @@ def _read_torch(name: str, x: Any, torch: Any) -> Tensor:
         raise OperandTypeError(
             f"{name}: its memory cannot be read ({type(x).__qualname__}: {shown(error)}); pass a plain dense tensor"
         ) from error
+    _has_memory(name, x)
     return Tensor(name, codes.view(f"u{dtype.itemsize}"), dtype, "torch", x)
+
+
+def _has_memory(name: str, x: Any) -> None:
+    """Raise OperandError where a tensor has elements but no memory: an address of 0 would stand for zeros."""
+    if x.numel() and not x.data_ptr():
+        raise OperandError(
+            f"{name}: holds no data: its storage is empty, as FSDP leaves that of parameters between uses; "
+            "gather it first"
+        )
 
 
 class _Geometry:
@@ -218,8 +268,37 @@ def _same_elements(a: NDArray[Any], b: NDArray[Any]) -> bool:
     )
 
 
+def _spans_are_apart(spans: NDArray[np.int64]) -> bool:
+    """Return whether no span of an output meets one of another merge: rows of first, end, merge, whether an output."""
+    outs = spans[spans[:, 3] == 1]
+    outs = outs[np.argsort(outs[:, 0])]
+    if (outs[1:, 0] < outs[:-1, 1]).any():
+        return False
+    operands = spans[spans[:, 3] == 0]
+    after = np.searchsorted(outs[:, 1], operands[:, 0], side="right")  # the first output that ends beyond its beginning
+    operands, after = operands[after < len(outs)], after[after < len(outs)]
+    meets = (outs[after, 0] < operands[:, 1]) & (outs[after, 2] != operands[:, 2])
+    # An operand may reach beyond its own output, into the next.
+    beyond = np.minimum(after + 1, len(outs) - 1)
+    meets |= (beyond > after) & (outs[beyond, 0] < operands[:, 1])
+    return not meets.any()
+
+
+def _extent(a: NDArray[Any]) -> tuple[int, int]:
+    """Return the addresses of an array's first byte and of the one after its last."""
+    if a.flags.c_contiguous:
+        return (at := a.__array_interface__["data"][0]), at + a.nbytes
+    steps = [stride * (n - 1) for stride, n in zip(a.strides, a.shape, strict=True)]
+    first: int = a.__array_interface__["data"][0]
+    return first + sum(s for s in steps if s < 0), first + sum(s for s in steps if s > 0) + a.itemsize
+
+
 def _overlap_in_part(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if not np.may_share_memory(a, b) or _same_elements(a, b):
+    return not _same_elements(a, b) and _share_elements(a, b)
+
+
+def _share_elements(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    if not np.may_share_memory(a, b):
         return False
     try:
         return bool(np.shares_memory(a, b, _OVERLAP_WORK))  # type: ignore[arg-type, unused-ignore]

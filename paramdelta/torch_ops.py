@@ -111,7 +111,7 @@ def _merge_many_to(
     return _stacked(ops.enqueue_many(merges, outs, None)[1])
 
 
-def _stacked(counts: list[Any] | Tensor) -> Tensor:
+def _stacked(counts: Sequence[Counts] | Tensor) -> Tensor:
     """Return counts [n, 3]: as a device holds them, or made of numbers."""
     if isinstance(counts, Tensor):
         return counts
@@ -166,7 +166,7 @@ def on_shards(named: dict[str, Any], out: Any, run: Callable[..., tuple[Any, Any
     """
     first = _placed_alike(named | ({} if out is None else {"out": out}))
     if norms:
-        raise OperandError("norms: are defined by an order of elements that shards do not have; gather the tensors")
+        raise OperandError(f"norms: {ops.ORDER_OF_ELEMENTS}")
     result, counts = run([_here(x) for x in named.values()], None if out is None else _here(out))
     total = _summed(_counts(counts, result)[None], [first]).full_tensor()[0]
     return (_spread(result, first) if out is None else out), Counts(*total.tolist())

@@ -16,6 +16,7 @@ import cuda_on_host
 
 from paramdelta import dtypes, engine
 from paramdelta.errors import DeviceError
+from paramdelta.memory import DeviceMemory
 
 pytestmark = pytest.mark.skipif(cuda_on_host.why_not() is not None, reason=str(cuda_on_host.why_not()))
 
@@ -112,7 +113,7 @@ def test_outputs_in_the_memory_of_the_device(tmp_path: Path) -> None:
     builder = sample(tmp_path)
     work = builder.build()
     arrays = [np.zeros(size, np.uint8) for _, size in work.outputs]
-    there = [engine.DeviceMemory(a.__array_interface__["data"][0], a.nbytes) for a in arrays]
+    there = [DeviceMemory(a.__array_interface__["data"][0], a.nbytes) for a in arrays]
     for memory in (None, 1 << 18):
         engine.run(work, there, tensors=builder.tensors, options=options(threads=2, memory=memory))
         for array, expected in zip(arrays, builder.outputs, strict=True):
@@ -120,11 +121,11 @@ def test_outputs_in_the_memory_of_the_device(tmp_path: Path) -> None:
             array[:] = 0
 
 
-def test_the_memory_of_a_device_needs_a_stage_that_writes_there(tmp_path: Path) -> None:
+def test_the_memory_of_a_device_needs_a_stage_that_computes_there(tmp_path: Path) -> None:
     builder = WorkBuilder(tmp_path)
     builder.copy(0, 1000)
     array = np.zeros(len(builder.outputs[0]), np.uint8)
-    there = [engine.DeviceMemory(array.__array_interface__["data"][0], array.nbytes)]
-    with pytest.raises(ValueError, match="need a stage that writes there"):
+    there = [DeviceMemory(array.__array_interface__["data"][0], array.nbytes)]
+    with pytest.raises(ValueError, match="need a stage that computes there"):
         engine.run(builder.build(), there, tensors=1)
     assert not array.any()

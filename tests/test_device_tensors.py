@@ -157,11 +157,46 @@ def test_public_functions_take_the_backend_that_is_named(monkeypatch: pytest.Mon
     outs, counts = torch_ops.merge_many(posts, bases, new_bases, 0.5)
     assert counts.tolist() == [list(each.counts) for each in want]
     assert all((bits(out) == bits(each.out)).all() for out, each in zip(outs, want, strict=True))
-    assert ops.merge_many([]) == []
+    assert list(ops.merge_many([])) == []
     with pytest.raises(OperandError, match="no backend but cpu takes"):
         ops.merge(*(np.zeros(3, np.float32) for _ in range(3)))
     with pytest.raises(OperandTypeError, match="merge_many takes many tensors"):
         ops.merge(posts, bases, new_bases)
+
+
+@pytest.mark.parametrize("kinds", [("bfloat16",) * 3, ("float32", "float8_e4m3fn", "float64")], ids=["one", "mixed"])
+def test_norms_are_pending_and_of_the_same_bits(monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...]) -> None:
+    """Strides too, and with a merge that writes over an operand: they are those of the operands before it."""
+    post, base, new_base = (weights(k, 130, 66, dtype=getattr(torch, kind)).t()[1:] for k, kind in enumerate(kinds))
+    want = ops.norms(post, base, new_base)
+    merged = ops.merge(post, base, new_base, alpha=0.5)
+    monkeypatch.setenv(backends.VARIABLE, "cuda")
+    found = ops.norms(post, base, new_base)
+    assert isinstance(found, ops.PendingNorms)
+    assert found.wait() == want
+    assert tuple(getattr(found, name) for name in want._fields) == want
+    place = new_base.clone()
+    again = ops.merge_deltas(place, [(post, base, 0.5), (base, post, 0.0)], out=place, norms=True)
+    assert (bits(place) == bits(merged.out)).all()
+    assert again.norms == (want, ops.norms(base, post, new_base))
+    assert ops.merge(post, base, new_base).norms == ()
+    with pytest.raises(OperandError, match=r"new_base: is on the CPU \(a NumPy array\), but post is on cpu"):
+        ops.norms(post, base, np.zeros(tuple(new_base.shape), np.float32))
+    with pytest.raises(OperandError, match="whose norms only cpu takes"):
+        ops.norms(*(np.zeros(3, np.float32) for _ in range(3)))
+
+
+def test_norms_of_nothing_and_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, values = torch.zeros(0), torch.zeros(5000)
+    values[4999] = float("nan")
+    monkeypatch.setenv(backends.VARIABLE, "cuda")
+    assert ops.norms(empty, empty, empty) == (0.0, 0.0, 0.0, 0.0)
+    found = ops.norms(values, torch.zeros(5000), torch.ones(5000)).wait()
+    assert found.drift_squared == 5000.0
+    assert all(x != x for x in (found.delta_squared, found.inner, found.largest_delta))
+    monkeypatch.setenv(backends.VARIABLE, "triton")
+    with pytest.raises(BackendError, match="triton"):
+        ops.norms(empty, empty, empty)
 
 
 def test_many_on_the_cpu() -> None:

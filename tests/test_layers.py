@@ -22,7 +22,8 @@ LAYERS = [
     ("cli",),
     ("demo",),
     ("recycling",),
-    ("mapping",),
+    ("mapping", "loaded"),
+    ("loaded_tensors",),
     ("verification", "streaming", "deltas", "analysis"),
     ("recompute", "integrity"),
     ("coordination",),
@@ -40,7 +41,8 @@ LAYERS = [
     ("torch_ops",),
     ("sharded_matrices",),
     ("ops", "scaled"),
-    ("device_tensors", "planes"),
+    ("device_norms",),
+    ("device_tensors", "planes", "tensor_lists"),
     ("tensors",),
     ("storage", "stages"),
     ("backends",),
@@ -49,7 +51,7 @@ LAYERS = [
     ("reference",),
     ("formats",),
     ("ranks",),
-    ("dtypes", "errors", "_cpu", "_cuda"),
+    ("dtypes", "errors", "memory", "_cpu", "_cuda"),
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

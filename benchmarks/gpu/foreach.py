@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.gpu.device import KERNELS, Clock, Device
 from benchmarks.gpu.operands import Source
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.results import Metric, Record, peer_ratios
-from paramdelta import device_tensors, dtypes, ops
+from paramdelta import backends, dtypes, ops
 from paramdelta.backends import cuda, triton
-from paramdelta.tensors import read_operand
 
 GROUP = "gpu-foreach"
 CALL = "paramdelta.ops.merge_many"
+MADE = "paramdelta.ops.merge_many, outputs allocated"
 LOOP = "loop of torch operations, binary32"
 
 
@@ -44,7 +46,10 @@ def run(device: Device, sizes: Sizes, clock: Clock) -> Iterator[Record]:
     )
     reasons = {kernels: device.why_not(kernels) for kernels in KERNELS}
     if reasons["cuda"] is None:
-        functions = {CALL: lambda: many(device, post, base, new_base, outs)} | functions
+        functions = {
+            CALL: lambda: many(device, post, base, new_base, outs),
+            MADE: lambda: many(device, post, base, new_base, None),
+        } | functions
     for kernels in KERNELS:
         name = f"backend {kernels}, addresses given"
         if reasons[kernels] is None:
@@ -75,15 +80,24 @@ def run(device: Device, sizes: Sizes, clock: Clock) -> Iterator[Record]:
 
 
 def many(device: Device, post: Any, base: Any, new_base: Any, outs: Any) -> None:
-    """Merge by the public function; on the host by what it calls for tensors of a device."""
-    if device.on == "cuda":
+    """Merge by the public function; on the host it is told to take the backend whose kernels run there."""
+    with named_backend(device):
         ops.merge_many(list(zip(post, base, new_base, strict=True)), outs=outs)
-        return
-    read = [
-        (read_operand("new_base", n), [(read_operand("post", p), read_operand("base", b), 1.0)])
-        for p, b, n in zip(post, base, new_base, strict=True)
-    ]
-    device_tensors.merge_many(read, outs, None)
+
+
+@contextmanager
+def named_backend(device: Device) -> Iterator[None]:
+    """Name the backend ``cuda`` for CPU memory, where its kernels take that."""
+    kept = os.environ.get(backends.VARIABLE)
+    if device.on != "cuda":
+        os.environ[backends.VARIABLE] = "cuda"
+    try:
+        yield
+    finally:
+        if device.on != "cuda":
+            del os.environ[backends.VARIABLE]
+            if kept is not None:
+                os.environ[backends.VARIABLE] = kept
 
 
 def batch(device: Device, kernels: str, *tensors: Sequence[Any]) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
 Operands are made on the device, a piece at a time, by turns weights, exponents far apart, and any bits at all; every
 second piece lies at addresses of its own for each operand, no multiples of 16. What one backend makes is compared
-with what another makes in every bit, and so are the counts.
+with what another makes in every bit, and so are the counts; norms, which are four numbers, with the processor's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.gpu.device import KERNELS, Clock, Device
 from benchmarks.gpu.operands import TORCH_NAMES, VALUES, Blocks, Plain, Source, shifted
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.results import Metric, Record
-from paramdelta import device_tensors, dtypes, ops
+from paramdelta import backends, device_norms, device_tensors, dtypes, ops
 from paramdelta.tensors import read_operand
 
 GROUP = "gpu-laws"
@@ -53,6 +53,7 @@ def run(device: Device, sizes: Sizes, clock: Clock) -> Iterator[Record]:
     for lane in LANES:
         yield from identities(device, sizes, lane, present)
         yield strides(device, lane, present)
+        yield norms(device, sizes, lane, present)
     for i, name in enumerate([BLOCKS, *(lane.name for lane in LANES)]):
         share = Clock(clock.left() / (len(LANES) + 1 - i))
         device.free()
@@ -156,6 +157,22 @@ def strides(device: Device, lane: Lane, present: list[str]) -> Record:
         bad += int(room[1::2].count_nonzero()) + int(room[:, rows:].count_nonzero())
         found.take(kernels, bad, counts[:3].tolist() != list(want.counts))
     return found.record(f"{lane.name}: strides", {})
+
+
+def norms(device: Device, sizes: Sizes, lane: Lane, present: list[str]) -> Record:
+    """Compare the norms of a delta, of every kind of values, with the processor's."""
+    found = Comparison()
+    for k, kind in enumerate(VALUES):
+        operands = Source(device, 79 + k).operands(kind, torch_dtype(device, lane.dtype), sizes.law_piece, 1)
+        new_base, post, base = (shifted(t, shift * (k % 2)) for t, shift in zip(operands, SHIFTS, strict=False))
+        want = ops.norms(post.cpu(), base.cpu(), new_base.cpu())
+        for kernels in present:
+            if backends.get(kernels).capabilities().supports("norms"):
+                names = zip(("post", "base", "new_base"), (post, base, new_base), strict=True)
+                got = device_norms.norms([read_operand(name, t) for name, t in names]).wait()
+                found.take(kernels, int(repr(got) != repr(want)), False)  # NaN is one NaN here, too
+        found.elements += new_base.numel()
+    return found.record(f"{lane.name}: norms", {})
 
 
 class Comparison:

@@ -123,6 +123,21 @@ def plain(kernels: str) -> int:
     return done + 2
 
 
+def norms(kernels: str) -> int:
+    """Take norms of every type, of one and of several, at odd addresses; return how many there were."""
+    check = importlib.import_module("kernel_check").check_norms
+    values = importlib.import_module("kernel_values")
+    rng = np.random.default_rng(7)
+    kinds = [(BY_NAME[name],) * 3 for name in ("bf16", "f16", "f32", "f64", "f8_e4m3", "f8_e5m2")]
+    kinds.append((BY_NAME["f32"], BY_NAME["bf16"], BY_NAME["f8_e4m3"]))
+    for dtypes in kinds:
+        for count in (1, 4096, 9001):
+            for shift in (0, 1):
+                codes = [values.weights(rng, dtype, count)[k] for k, dtype in enumerate(dtypes)]
+                check(*(values.shifted(c, shift) for c in codes), dtypes, kernels)
+    return len(kinds) * 6
+
+
 def scaled(kernels: str) -> int:
     """Merge quantised matrices: every output from fp8 blocks, every kind of input; return how many there were."""
     scaled_check = importlib.import_module("scaled_check")
@@ -176,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         ExactMemory.driver = Driver()
         importlib.import_module("cuda_calls").Memory = ExactMemory
     print(f"{plain(kernels)} merges of elements, {scaled(kernels)} of quantised matrices", flush=True)
+    print(f"{norms(kernels)} norms", flush=True)
     stage()
     print("slots through the device: the processor's bytes")
     return 0

@@ -10,8 +10,9 @@
 
 namespace paramdelta {
 
-// The part of a slot that a load's operands lie in. Pointers of jobs that point elsewhere are null, outputs, or memory
-// of the caller's.
+// The part of a slot that a load's operands lie in. Pointers of jobs that point out of the slot are null, lie in the
+// extent of the output, or are memory of the device, operands as well as what is made; the latter two only where
+// write() is there.
 struct StageFrame {
   const void* operands = nullptr;
   std::size_t operand_bytes = 0;
@@ -33,7 +34,7 @@ struct StageBatch {
 // Every function is called by the engine's workers, each with its own number, and returns when the result lies where
 // the jobs want it: 0, or another number where it failed, and then error() says why. `self` is passed back as it is.
 struct StageTable {
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
   static constexpr const char* kCapsule = "paramdelta.stage";
 
   std::uint32_t version = kVersion;
@@ -47,7 +48,8 @@ struct StageTable {
   void (*detach)(void* self) = nullptr;
   // `counts`: one for each job, zeros at first.
   int (*merge)(void* self, int worker, const StageBatch* batch, Counts* counts) = nullptr;
-  // Where it is null, or says no to a matrix, the processor computes it. `measure` asks for the result alone.
+  // Where it is null, or says no to a matrix, the processor computes it. It is asked before operands are read, when all
+  // else of the job is known. `measure` asks for the result alone.
   bool (*takes)(void* self, const ScaledMerge* job) = nullptr;
   int (*merge_scaled)(void* self, int worker, const StageFrame* frame, const ScaledMerge* job, bool measure,
                       ScaledResult* result) = nullptr;

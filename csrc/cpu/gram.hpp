@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/exact_sum.hpp"
 #include "core/expression.hpp"
-#include "cpu/exact_sum.hpp"
 #include "cpu/merge.hpp"
 
 namespace paramdelta::cpu {

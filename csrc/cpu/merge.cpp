@@ -1,6 +1,8 @@
 // The entries of merge.hpp: the floating-point mode, terms that are none, the choice of loops.
 #include "cpu/merge.hpp"
 
+#include <algorithm>
+
 #include "cpu/float_mode.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/targets.hpp"
@@ -65,6 +67,40 @@ Counts merge_parallel(Isa isa, const Merge& job, Store store, int threads) {
   Counts total;
   for (const Counts& each : counts) total += each;
   return total;
+}
+
+std::vector<Counts> merge_many(Isa isa, const std::vector<Merge>& jobs, std::size_t streamed_from, int threads) {
+  struct Piece {
+    std::size_t job, first, count;
+  };
+  std::vector<Piece> pieces;
+  pieces.reserve(jobs.size());
+  std::vector<std::size_t> loads;  // the first piece of each: what a thread takes at once
+  std::size_t load = kPiece;       // elements in the last of them
+  for (std::size_t j = 0; j < jobs.size(); ++j) {
+    const std::size_t size = piece_size(jobs[j].count, threads);
+    for (std::size_t first = 0; first < jobs[j].count; first += size) {
+      const std::size_t count = std::min(size, jobs[j].count - first);
+      if (load >= kPiece) loads.push_back(pieces.size()), load = 0;
+      pieces.push_back({j, first, count});
+      load += count;
+    }
+  }
+  loads.push_back(pieces.size());
+  std::vector<Counts> found(pieces.size());
+  for_each_step(loads.size() - 1, threads, [&](std::size_t, std::size_t step) {
+    std::vector<Term> terms;
+    for (std::size_t p = loads[step]; p < loads[step + 1]; ++p) {
+      const Merge& job = jobs[pieces[p].job];
+      const Store store = job.count * size_of(job.out_dtype) >= streamed_from ? Store::streamed : Store::cached;
+      found[p] = pieces[p].count == job.count
+                     ? merge(isa, job, store)
+                     : merge(isa, part_of(job, pieces[p].first, pieces[p].count, terms), store);
+    }
+  });
+  std::vector<Counts> counts(jobs.size());
+  for (std::size_t p = 0; p < pieces.size(); ++p) counts[pieces[p].job] += found[p];
+  return counts;
 }
 
 }  // namespace paramdelta::cpu

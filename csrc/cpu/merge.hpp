@@ -32,4 +32,8 @@ Counts merge(Isa isa, const Merge& job, Store store);
 // The same over `threads` threads, cut at multiples of 4096 elements.
 Counts merge_parallel(Isa isa, const Merge& job, Store store, int threads);
 
+// Many merges, over `threads` threads that take the small ones by the hundred and large ones in parts. Outputs must be
+// apart from all memory of the other merges. Those of `streamed_from` bytes or more are stored past the cache.
+std::vector<Counts> merge_many(Isa isa, const std::vector<Merge>& jobs, std::size_t streamed_from, int threads);
+
 }  // namespace paramdelta::cpu

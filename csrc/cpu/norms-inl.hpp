@@ -4,8 +4,6 @@
 namespace paramdelta::cpu::PARAMDELTA_TARGET_NAMESPACE {
 namespace {
 
-constexpr std::size_t kLanes = 256;
-
 struct LeafLanes {
   alignas(64) float delta[kLanes];
   alignas(64) float drift[kLanes];

@@ -73,21 +73,27 @@ void merge(const Signature& given, const std::vector<TensorAddresses>& given_ten
   if (signature.terms.size() > most_terms())
     throw std::invalid_argument("a merge on a GPU has at most " + std::to_string(most_terms()) + " deltas, not " +
                                 std::to_string(signature.terms.size()) + ": merge in parts, or on the CPU");
-  std::vector<TensorAddresses> tensors = given_tensors;
-  for (TensorAddresses& tensor : tensors) {
+  for (const TensorAddresses& tensor : given_tensors) {
     if (tensor.pairs.size() != 2 * given.terms.size())
       throw std::invalid_argument("expected post and base of " + std::to_string(given.terms.size()) + " terms, got " +
                                   std::to_string(tensor.pairs.size()) + " addresses");
     if (tensor.count != 0 && (tensor.out == 0 || tensor.counts == 0))
       throw std::invalid_argument("out or counts has no memory");
-    std::size_t kept = 0;
-    for (std::size_t t = 0; t < given.terms.size(); ++t) {
-      if (given.terms[t].alpha == 0.0) continue;
-      tensor.pairs[kept++] = tensor.pairs[2 * t];
-      tensor.pairs[kept++] = tensor.pairs[2 * t + 1];
-    }
-    tensor.pairs.resize(kept);
   }
+  std::vector<TensorAddresses> without_idle;
+  if (signature.terms.size() != given.terms.size()) {
+    without_idle = given_tensors;
+    for (TensorAddresses& tensor : without_idle) {
+      PairAddresses kept;
+      for (std::size_t t = 0; t < given.terms.size(); ++t) {
+        if (given.terms[t].alpha == 0.0) continue;
+        kept.push_back(tensor.pairs.begin()[2 * t]);
+        kept.push_back(tensor.pairs.begin()[2 * t + 1]);
+      }
+      tensor.pairs = kept;
+    }
+  }
+  const std::vector<TensorAddresses>& tensors = without_idle.empty() ? given_tensors : without_idle;
   const OnDevice current(device);
   const DType out = signature.out;
   bool uniform = signature.new_base == out;

@@ -57,21 +57,27 @@ int guarded(void* self, int worker, Function&& function) {
 }  // namespace
 
 // Operands lie in the lane as they lie in the slot. Outputs of a slot do so too; those in memory of the caller's are
-// made behind the operands, where the slot has room that it does not need for them.
+// made behind the operands, where the slot has room that it does not need for them. What lies elsewhere is memory of
+// the device, and is where it is wanted.
 struct PinnedStage::Mapping {
   const std::byte* slot;
   std::byte* lane;
   std::size_t slot_bytes;
   const std::byte* out;
+  std::size_t out_bytes;
   std::byte* out_in_lane;
 
   Mapping(const Lane& of, std::size_t bytes, const StageBatch& batch)
-      : slot(of.slot), lane(of.memory.data()), slot_bytes(bytes), out(static_cast<const std::byte*>(batch.out)) {
+      : slot(of.slot),
+        lane(of.memory.data()),
+        slot_bytes(bytes),
+        out(static_cast<const std::byte*>(batch.out)),
+        out_bytes(batch.out_bytes) {
     if (batch.out_on_device) {
       out_in_lane = static_cast<std::byte*>(batch.out);
       return;
     }
-    if (out >= slot && out < slot + slot_bytes) {
+    if (in_slot(out)) {
       out_in_lane = lane + (out - slot);
       return;
     }
@@ -83,11 +89,18 @@ struct PinnedStage::Mapping {
     out_in_lane = lane + at;
   }
 
-  std::uintptr_t address(const void* host) const {
-    if (host == nullptr) return 0;
+  bool in_slot(const void* host) const {
     const auto* at = static_cast<const std::byte*>(host);
-    std::byte* to = at >= slot && at < slot + slot_bytes ? lane + (at - slot) : out_in_lane + (at - out);
-    return reinterpret_cast<std::uintptr_t>(to);
+    return at >= slot && at < slot + slot_bytes;
+  }
+
+  std::uintptr_t address(const void* host) const {
+    const auto* at = static_cast<const std::byte*>(host);
+    if (in_slot(at))
+      at = lane + (at - slot);
+    else if (at >= out && at < out + out_bytes)
+      at = out_in_lane + (at - out);
+    return reinterpret_cast<std::uintptr_t>(at);
   }
 };
 
@@ -213,8 +226,9 @@ ScaledResult PinnedStage::merge_scaled(int worker, const StageFrame& frame, cons
   lane.queue.clear(totals, sizeof(ScaledTotals));
   cuda::merge_scaled(moved, effect, totals, lane.workspace.data(), device_, lane.queue.stream());
   if (!measure) {
-    lane.queue.copy(job.out, moved.out, job.rows * static_cast<std::size_t>(job.out_pitch));
-    if (job.quantised && !job.given) lane.queue.copy(job.out_scales, moved.out_scales, scale_bytes(job));
+    if (map.in_slot(job.out)) lane.queue.copy(job.out, moved.out, job.rows * static_cast<std::size_t>(job.out_pitch));
+    if (job.quantised && !job.given && map.in_slot(job.out_scales))
+      lane.queue.copy(job.out_scales, moved.out_scales, scale_bytes(job));
   }
   lane.queue.copy(lane.counted.data(), totals, sizeof(ScaledTotals));
   lane.queue.finish();

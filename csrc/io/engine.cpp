@@ -64,6 +64,10 @@ Engine::Engine(Work work, std::vector<Input> inputs, std::vector<Target> outputs
   work_.validate(input_sizes, output_sizes);
   for (const Target& output : outputs_)
     if (output.memory && work_.variants > 1) throw std::invalid_argument("variants write to files only");
+  const auto on_device = [](const auto& place) { return place.on_device; };
+  if (!stage_->has_memory() && (std::any_of(inputs_.begin(), inputs_.end(), on_device) ||
+                                std::any_of(outputs_.begin(), outputs_.end(), on_device)))
+    throw std::invalid_argument("inputs and outputs in the memory of a device need a stage that computes there");
   for (const Target& output : outputs_)
     if (output.on_device && !work_.extents.empty())
       throw std::invalid_argument("what is written to the memory of a device cannot be summed");
@@ -106,7 +110,7 @@ void Engine::start() {
 void Engine::run(int worker) {
   try {
     std::byte* memory = slab_ + static_cast<std::size_t>(worker) * options_.slot_bytes;
-    Slot slot(work_, memory, options_.slot_bytes);
+    Slot slot(work_, memory, options_.slot_bytes, stage_->reaches_memory());
     Rectangle rectangle(work_, memory, options_.slot_bytes);
     work_through(worker, slot, rectangle);
   } catch (...) {
@@ -149,7 +153,7 @@ void Engine::carry(int worker, Slot& slot) {
 }
 
 void Engine::carry(int worker, Rectangle& rectangle, const Piece& piece) {
-  bytes_read_ += static_cast<std::int64_t>(rectangle.fill(piece, inputs_));
+  bytes_read_ += static_cast<std::int64_t>(rectangle.fill(piece, inputs_, outputs_, *stage_));
   const Region& region = rectangle.region();
   for (std::size_t v = 0; v < work_.variants; ++v) {
     bytes_read_ += static_cast<std::int64_t>(rectangle.turn_to(v, inputs_));

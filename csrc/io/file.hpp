@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 namespace paramdelta::io {
@@ -57,15 +58,18 @@ class File {
   std::string path_;
 };
 
-// Where input comes from: a file, or memory of the caller's (`memory`, `bytes` long) that outlives the run.
+// Where input comes from: a file, or memory of the caller's (`memory`, `bytes` long) that outlives the run. Memory of a
+// device is an operand where it lies, and is not read by anyone but the stage.
 struct Input {
   File file;
   const std::byte* memory = nullptr;
   std::int64_t bytes = 0;
+  bool on_device = false;
 
   std::int64_t size() const { return memory ? bytes : file.size(); }
   std::size_t alignment() const { return file.alignment(); }
   void read_at(void* to, std::size_t count, std::int64_t offset) const {
+    if (on_device) throw std::invalid_argument("memory of a device is merged where it lies, not copied, nor turned");
     if (memory)
       std::memcpy(to, memory + offset, count);
     else

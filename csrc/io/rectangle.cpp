@@ -1,5 +1,4 @@
-// Reads planes of codes and scales by rows, in one call where rows follow each other closely; planes that are stored
-// the other way round are read by columns and turned in memory, so that kernels meet rows only.
+// Carries pieces of quantised matrices: reads the planes of their operands (planes.hpp), and writes codes and scales.
 #include "io/rectangle.hpp"
 
 #include <algorithm>
@@ -7,15 +6,9 @@
 #include <string>
 
 #include "io/guard.hpp"
+#include "io/planes.hpp"
 
 namespace paramdelta::io {
-
-// Items of a plane in a file: (r, c) at offset + r · row_stride + c · col_stride.
-struct Strided {
-  std::int32_t file;
-  std::int64_t offset, rows, row_stride, cols, col_stride;
-  std::size_t item;
-};
 
 struct Rectangle::Plane {
   const std::byte* data = nullptr;
@@ -28,141 +21,11 @@ constexpr std::size_t kLine = 64;
 // Keeps planes of equal length from starting at equal offsets within their pages (see slot.cpp).
 constexpr std::size_t kStagger = 1024 + kLine;
 
-bool by_columns(const Strided& from) {
-  return from.cols > 1 && from.col_stride != static_cast<std::int64_t>(from.item);
-}
-
-// Whether lines of `length` bytes, `stride` apart, are read in one call, with the little that lies between them.
-bool in_one(std::int64_t length, std::int64_t stride) { return 4 * stride <= 5 * length; }
-
-std::size_t bytes_read(std::int64_t lines, std::int64_t length, std::int64_t stride) {
-  return static_cast<std::size_t>(lines * (in_one(length, stride) ? std::max(stride, length) : length));
-}
-
-// Whether nibbles lie in pairs along the columns of the file's matrix, which are the view's rows.
-bool turned_nibbles(const View& view) { return bits_of(static_cast<Codec>(view.codec)) == 4 && view.col_stride != 1; }
-
-// `gap`: what a plane takes beyond its bytes.
-std::size_t memory_for(const Strided& from, std::size_t gap) {
-  if (from.rows == 0 || from.cols == 0) return 0;
-  const auto item = static_cast<std::int64_t>(from.item);
-  const std::size_t packed = static_cast<std::size_t>(from.rows * from.cols) * from.item;
-  if (by_columns(from)) return packed + bytes_read(from.cols, from.rows * item, from.col_stride) + 2 * gap;
-  return bytes_read(from.rows, from.cols * item, from.row_stride) + gap;
-}
-
-Strided codes_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
-  const int bits = bits_of(static_cast<Codec>(view.codec));
-  const bool nibbles = bits == 4;
-  if (turned_nibbles(view))  // a row is a pair
-    return {view.file,
-            view.offset + row / 2 * view.row_stride + col * view.col_stride,
-            (row % 2 + rows + 1) / 2,
-            view.row_stride,
-            cols,
-            view.col_stride,
-            1};
-  const std::int64_t first = nibbles ? col / 2 : col;
-  return {view.file,
-          view.offset + row * view.row_stride + first * view.col_stride,
-          rows,
-          view.row_stride,
-          nibbles ? (cols + 1) / 2 : cols,
-          view.col_stride,
-          nibbles ? 1 : static_cast<std::size_t>(bits / 8)};
-}
-
-// The block that an element lies in, and how far in.
-struct Place {
-  std::int64_t block;
-  std::uint32_t phase;
-};
-Place place_in(std::int64_t at, std::uint32_t phase, std::uint32_t block) {
-  if (block == 0) return {0, 0};
-  const std::int64_t element = at + phase;
-  return {element / block, static_cast<std::uint32_t>(element % block)};
-}
-
-Strided scales_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
-  const Place r = place_in(row, view.row_phase, view.grid_rows), c = place_in(col, view.col_phase, view.grid_cols);
-  return {view.scale_file,
-          view.scale_offset + r.block * view.scale_row_stride + c.block * view.scale_col_stride,
-          grid_count(rows, r.phase, view.grid_rows),
-          view.scale_row_stride,
-          grid_count(cols, c.phase, view.grid_cols),
-          view.scale_col_stride,
-          size_of(static_cast<DType>(view.scale_dtype))};
-}
-
-// Words of zero points; their rows are counted in elements, eight to a word.
-Strided zeros_of(const View& view, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t cols) {
-  const std::int64_t first = (row + view.row_phase) / 8;
-  const Place c = place_in(col, view.col_phase, view.grid_cols);
-  return {view.zero_file,
-          view.zero_offset + first * view.zero_row_stride + c.block * 4,
-          (row + view.row_phase + rows + 7) / 8 - first,
-          view.zero_row_stride,
-          grid_count(cols, c.phase, view.grid_cols),
-          4,
-          4};
-}
-
-std::size_t memory_for(const View& view, std::int64_t rows, std::int64_t cols, std::size_t gap) {
-  std::size_t bytes = 0;
-  if (view.file != kZeros && turned_nibbles(view)) {
-    const Strided codes = codes_of(view, 1, rows, 0, cols);
-    bytes +=
-        bytes_read(cols, codes.rows, codes.col_stride) + static_cast<std::size_t>(rows * ((cols + 1) / 2)) + 2 * gap;
-  } else if (view.file != kZeros) {
-    bytes += memory_for(codes_of(view, 0, rows, 0, cols), gap);
-  }
-  // Wherever a piece starts within a block, it touches at most one more.
-  if (view.scale_file != kAbsent) {
-    Strided scales = scales_of(view, 0, rows, 0, cols);
-    scales.rows += 1;
-    scales.cols += 1;
-    bytes += memory_for(scales, gap);
-  }
-  if (view.zero_file != kAbsent) {
-    Strided zeros = zeros_of(view, 0, rows + 8, 0, cols);
-    zeros.cols += 1;
-    bytes += memory_for(zeros, gap);
-  }
-  return bytes;
-}
-
 const RecipeRow* recipe_of(const Work& work, const Region& region) {
   return region.recipe < 0 ? nullptr : &work.recipes[static_cast<std::size_t>(region.recipe)];
 }
 
 std::size_t scale_item(const RecipeRow& recipe) { return size_of(static_cast<DType>(recipe.scale_dtype)); }
-
-void turn(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows, std::int64_t cols,
-          std::size_t item) {
-  constexpr std::int64_t kTile = 32;  // of elements: lines of both sides stay in the first-level cache
-  for (std::int64_t r0 = 0; r0 < rows; r0 += kTile)
-    for (std::int64_t c0 = 0; c0 < cols; c0 += kTile)
-      for (std::int64_t c = c0; c < std::min(cols, c0 + kTile); ++c)
-        for (std::int64_t r = r0; r < std::min(rows, r0 + kTile); ++r)
-          std::memcpy(to + static_cast<std::size_t>(r * cols + c) * item,
-                      from + c * stride + r * static_cast<std::int64_t>(item), item);
-}
-
-// Nibble r of line c becomes nibble c of row r; `odd`: the first is the high half of its byte.
-void turn_nibbles(const std::byte* from, std::int64_t stride, std::byte* to, std::int64_t rows, std::int64_t cols,
-                  std::int64_t odd) {
-  constexpr std::int64_t kTile = 64;
-  const std::int64_t pitch = (cols + 1) / 2;
-  const auto nibble = [&](std::int64_t r, std::int64_t c) {
-    const auto byte = std::to_integer<unsigned>(from[c * stride + (r + odd) / 2]);
-    return (r + odd) % 2 ? byte >> 4 : byte & 15u;
-  };
-  for (std::int64_t r0 = 0; r0 < rows; r0 += kTile)
-    for (std::int64_t c0 = 0; c0 < cols; c0 += kTile)
-      for (std::int64_t r = r0; r < std::min(rows, r0 + kTile); ++r)
-        for (std::int64_t c = c0; c < std::min(cols, c0 + kTile); c += 2)
-          to[r * pitch + c / 2] = std::byte(nibble(r, c) | (c + 1 < cols ? nibble(r, c + 1) << 4 : 0u));
-}
 
 }  // namespace
 
@@ -282,14 +145,22 @@ void Rectangle::load_scales(const std::vector<Input>& inputs, const View& view, 
   scales.zero_phase = static_cast<std::uint32_t>((piece_.row + view.row_phase) % 8);
 }
 
+// Rows in memory of the caller's stay where they are, if the stage reaches them.
+Rectangle::Plane Rectangle::load_codes(const std::vector<Input>& inputs, const View& view) {
+  if (turned_nibbles(view)) return load_turned_nibbles(inputs, view);
+  const Strided from = codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols);
+  const Input& input = inputs[static_cast<std::size_t>(from.file)];
+  const bool there = input.on_device ? takes_ : input.memory && stage_->reaches_memory();
+  if (!there || by_columns(from)) return load(inputs, from);
+  return {input.memory + from.offset, static_cast<std::ptrdiff_t>(from.row_stride)};
+}
+
 Matrix Rectangle::load_view(const std::vector<Input>& inputs, std::int32_t number) {
   const View& view = work_.views[static_cast<std::size_t>(number)];
   Matrix matrix;
   matrix.codec = static_cast<Codec>(view.codec);
   if (view.file == kZeros) return matrix;
-  const Plane codes = turned_nibbles(view)
-                          ? load_turned_nibbles(inputs, view)
-                          : load(inputs, codes_of(view, piece_.row, piece_.rows, piece_.col, piece_.cols));
+  const Plane codes = load_codes(inputs, view);
   matrix.data = codes.data;
   matrix.pitch = codes.pitch;
   if (view.scale_file != kAbsent) load_scales(inputs, view, matrix.scales);
@@ -301,19 +172,44 @@ std::int64_t Rectangle::out_offset() const {
   return at.out_offset + piece_.row * at.out_pitch + work_.out_bytes(at, piece_.col);
 }
 
-void Rectangle::prepare_output() {
+// The scale of the piece's first unit in its output.
+std::int64_t Rectangle::scale_offset() const {
+  const Region& at = region();
+  return at.scale_out_offset + (at.grid_rows ? piece_.row / at.grid_rows : 0) * at.scale_out_row_stride +
+         (at.grid_cols ? piece_.col / at.grid_cols : 0) * at.scale_out_col_stride;
+}
+
+void Rectangle::prepare_output(const std::vector<Target>& outputs) {
   const Region& at = region();
   const std::int64_t row_bytes = work_.out_bytes(at, piece_.cols);
-  job_.out = take_placed(static_cast<std::size_t>(piece_.rows * row_bytes), work_.alignment, out_offset());
-  job_.out_pitch = static_cast<std::ptrdiff_t>(row_bytes);
-  job_.out_dtype = static_cast<DType>(at.out_dtype);
   const RecipeRow* recipe = recipe_of(work_, at);
-  if (recipe == nullptr) return;
-  const std::int64_t cols = grid_count(piece_.cols, 0, at.grid_cols);
-  job_.out_scales =
-      take(static_cast<std::size_t>(grid_count(piece_.rows, 0, at.grid_rows) * cols) * scale_item(*recipe));
-  job_.out_scale_pitch = static_cast<std::ptrdiff_t>(cols);
+  codes_made_there_ = takes_ && at.out_file != kAbsent && outputs[static_cast<std::size_t>(at.out_file)].on_device;
+  if (codes_made_there_) {
+    job_.out = outputs[static_cast<std::size_t>(at.out_file)].memory + out_offset();
+    job_.out_pitch = static_cast<std::ptrdiff_t>(at.out_pitch);
+  } else {
+    job_.out = take_placed(static_cast<std::size_t>(piece_.rows * row_bytes), work_.alignment, out_offset());
+    job_.out_pitch = static_cast<std::ptrdiff_t>(row_bytes);
+  }
+  job_.out_dtype = static_cast<DType>(at.out_dtype);
   job_.given = at.given_file != kAbsent;
+  if (recipe != nullptr) prepare_scales(outputs, *recipe);
+}
+
+void Rectangle::prepare_scales(const std::vector<Target>& outputs, const RecipeRow& recipe) {
+  const Region& at = region();
+  const std::int64_t rows = grid_count(piece_.rows, 0, at.grid_rows), cols = grid_count(piece_.cols, 0, at.grid_cols);
+  const auto item = static_cast<std::int64_t>(scale_item(recipe));
+  const bool in_rows = (at.scale_out_col_stride == item || cols == 1) && at.scale_out_row_stride % item == 0;
+  scales_made_there_ = takes_ && in_rows && !job_.given && at.scale_out_file != kAbsent &&
+                       outputs[static_cast<std::size_t>(at.scale_out_file)].on_device;
+  if (scales_made_there_) {
+    job_.out_scales = outputs[static_cast<std::size_t>(at.scale_out_file)].memory + scale_offset();
+    job_.out_scale_pitch = static_cast<std::ptrdiff_t>(rows == 1 ? cols : at.scale_out_row_stride / item);
+  } else {
+    job_.out_scales = take(static_cast<std::size_t>(rows * cols * item));
+    job_.out_scale_pitch = static_cast<std::ptrdiff_t>(cols);
+  }
 }
 
 std::size_t Rectangle::turn_to(std::size_t variant, const std::vector<Input>& inputs) {
@@ -331,8 +227,10 @@ std::size_t Rectangle::turn_to(std::size_t variant, const std::vector<Input>& in
   return read_;
 }
 
-std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs) {
+std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs, const std::vector<Target>& outputs,
+                            const Stage& stage) {
   piece_ = piece;
+  stage_ = &stage;
   free_ = memory_;
   forbid(memory_, bytes_);
   read_ = 0;
@@ -354,7 +252,10 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
                    row->floor,
                    row->zero};
   }
-  if (!at.measure) prepare_output();
+  job_.n_terms = static_cast<std::size_t>(at.n_terms);
+  takes_ = stage.has_memory() && stage.takes(job_);
+  codes_made_there_ = scales_made_there_ = false;
+  if (!at.measure) prepare_output(outputs);
   operands_ = free_;
   terms_.clear();
   for (std::int32_t t = 0; t < at.n_terms; ++t) {
@@ -363,7 +264,6 @@ std::size_t Rectangle::fill(const Piece& piece, const std::vector<Input>& inputs
   }
   job_.new_base = load_view(inputs, at.new_view);
   job_.terms = terms_.data();
-  job_.n_terms = terms_.size();
   return read_;
 }
 
@@ -376,6 +276,8 @@ std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& chec
     file = work_.output_for(file, variant_, outputs.size());
     const Target& target = outputs[static_cast<std::size_t>(file)];
     const auto* from = static_cast<const std::byte*>(data);
+    written += static_cast<std::size_t>(rows * length);
+    if (target.on_device && (data == job_.out ? codes_made_there_ : scales_made_there_)) return;
     checksums.add_rows(file, offset, from, rows, length, stride);
     const std::int64_t lines = stride == length ? 1 : rows, bytes = stride == length ? rows * length : length;
     for (std::int64_t r = 0; r < lines; ++r) {
@@ -385,16 +287,14 @@ std::size_t Rectangle::drain(const std::vector<Target>& outputs, Checksums& chec
       else
         target.write_at(from + r * length, count, offset + r * stride);
     }
-    written += static_cast<std::size_t>(rows * length);
   };
-  if (at.out_file != kAbsent) write(at.out_file, job_.out, out_offset(), piece_.rows, at.out_pitch, job_.out_pitch);
+  if (at.out_file != kAbsent)
+    write(at.out_file, job_.out, out_offset(), piece_.rows, at.out_pitch, work_.out_bytes(at, piece_.cols));
   const RecipeRow* recipe = recipe_of(work_, at);
   if (recipe == nullptr || at.scale_out_file == kAbsent || job_.given) return written;
   const auto item = static_cast<std::int64_t>(scale_item(*recipe));
-  const std::int64_t rows = grid_count(piece_.rows, 0, at.grid_rows), cols = job_.out_scale_pitch;
-  const std::int64_t offset = at.scale_out_offset +
-                              (at.grid_rows ? piece_.row / at.grid_rows : 0) * at.scale_out_row_stride +
-                              (at.grid_cols ? piece_.col / at.grid_cols : 0) * at.scale_out_col_stride;
+  const std::int64_t rows = grid_count(piece_.rows, 0, at.grid_rows), cols = grid_count(piece_.cols, 0, at.grid_cols);
+  const std::int64_t offset = scale_offset();
   if (at.scale_out_col_stride == item || cols == 1)
     write(at.scale_out_file, job_.out_scales, offset, rows, at.scale_out_row_stride, cols * item);
   else

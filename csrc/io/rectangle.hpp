@@ -9,6 +9,7 @@
 #include "core/stage.hpp"
 #include "io/checksums.hpp"
 #include "io/file.hpp"
+#include "io/stage.hpp"
 #include "io/work.hpp"
 
 namespace paramdelta::io {
@@ -34,8 +35,10 @@ class Rectangle {
   // Bytes of memory that `rows` × `cols` elements of a region take at most.
   static std::size_t bytes_for(const Work& work, const Region& region, std::int64_t rows, std::int64_t cols);
 
-  // Reads the operands of a piece. Returns the bytes read.
-  std::size_t fill(const Piece& piece, const std::vector<Input>& inputs);
+  // Reads the operands of a piece. Outputs in memory of a device are made there where `stage` takes the matrix.
+  // Returns the bytes read.
+  std::size_t fill(const Piece& piece, const std::vector<Input>& inputs, const std::vector<Target>& outputs,
+                   const Stage& stage);
   // Makes job() that of one of the variants: its alphas, and the scales it is given. Returns the bytes read.
   std::size_t turn_to(std::size_t variant, const std::vector<Input>& inputs);
   const ScaledMerge& job() const { return job_; }
@@ -61,7 +64,10 @@ class Rectangle {
   Matrix load_view(const std::vector<Input>& inputs, std::int32_t number);
   void load_scales(const std::vector<Input>& inputs, const View& view, Scales& scales);
   float load_float(const Input& input, std::int64_t offset);
-  void prepare_output();
+  Plane load_codes(const std::vector<Input>& inputs, const View& view);
+  void prepare_output(const std::vector<Target>& outputs);
+  void prepare_scales(const std::vector<Target>& outputs, const RecipeRow& recipe);
+  std::int64_t scale_offset() const;
 
   const Work& work_;
   std::byte* const memory_;
@@ -73,6 +79,10 @@ class Rectangle {
   std::vector<MatrixTerm> terms_;
   std::size_t read_ = 0;
   std::size_t variant_ = 0;
+  const Stage* stage_ = nullptr;
+  bool takes_ = false;              // the stage computes this matrix with memory of the device
+  bool codes_made_there_ = false;   // in memory of the device, where they belong
+  bool scales_made_there_ = false;  // likewise
 };
 
 }  // namespace paramdelta::io

@@ -68,18 +68,23 @@ void Slot::lay_out_operand(const std::vector<Input>& inputs, std::size_t k) {
   for (std::size_t i = 0; i < parts_.size(); ++i) {
     const Part& part = parts_[i];
     const Span& span = work_.spans[part.span];
-    std::byte* to = nullptr;
+    const std::byte* to = nullptr;
     Location at{kZeros, 0, DType{}};
     if (static_cast<int>(k) < work_.operands(span)) at = work_.operand(span, static_cast<int>(k));
     if (at.file != kZeros) {
       const std::size_t item = size_of(at.dtype);
       at.offset += part.first * static_cast<std::int64_t>(item);
       const std::size_t bytes = static_cast<std::size_t>(part.count) * item;
-      const std::size_t alignment = inputs[static_cast<std::size_t>(at.file)].alignment();
-      if (Work::is_copy(span) && alignment == 1 && !on_device_)
-        read_into(to = outs_[i], at, bytes);
-      else
-        to = place(at, bytes, alignment);
+      const Input& input = inputs[static_cast<std::size_t>(at.file)];
+      const bool copied = Work::is_copy(span);
+      if (!copied && (input.on_device || (input.memory && reaches_memory_))) {
+        to = input.memory + at.offset;
+      } else if (copied && input.alignment() == 1 && !on_device_) {
+        read_into(outs_[i], at, bytes);
+        to = outs_[i];
+      } else {
+        to = place(at, bytes, input.alignment());
+      }
     }
     where_.push_back(to);
   }

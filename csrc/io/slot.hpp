@@ -14,8 +14,10 @@ namespace paramdelta::io {
 
 class Slot {
  public:
-  // `memory` (`bytes` long, page-aligned) belongs to the caller and outlives the slot.
-  Slot(const Work& work, std::byte* memory, std::size_t bytes) : work_(work), memory_(memory), bytes_(bytes) {}
+  // `memory` (`bytes` long, page-aligned) belongs to the caller and outlives the slot. `reaches_memory`: operands in
+  // host memory of the caller's stay where they are (Stage::reaches_memory).
+  Slot(const Work& work, std::byte* memory, std::size_t bytes, bool reaches_memory)
+      : work_(work), memory_(memory), bytes_(bytes), reaches_memory_(reaches_memory) {}
 
   // Bytes of a slot that loads may use: the rest keeps the regions from lying at equal offsets within their pages.
   static std::size_t capacity(const Work& work, std::size_t bytes);
@@ -64,12 +66,13 @@ class Slot {
   const Work& work_;
   std::byte* const memory_;
   const std::size_t bytes_;
+  const bool reaches_memory_;
   std::byte* operands_ = nullptr;  // where they begin; they end at free_
   std::byte* free_ = nullptr;
   std::vector<Part> parts_;
   std::vector<Read> reads_;
-  std::vector<std::byte*> where_;  // operand k of part i at [k · parts + i]; null for zeros
-  std::vector<std::byte*> outs_;   // output of part i
+  std::vector<const std::byte*> where_;  // operand k of part i at [k · parts + i]; null for zeros
+  std::vector<std::byte*> outs_;         // output of part i
   std::byte* out_ = nullptr;
   std::size_t out_bytes_ = 0;
   bool on_device_ = false;  // out_ is

@@ -9,7 +9,7 @@
 namespace paramdelta::io {
 
 void Stage::write(int /*worker*/, std::byte* /*to*/, const std::byte* /*from*/, std::size_t /*bytes*/) {
-  throw std::invalid_argument("outputs in the memory of a device need a stage that writes there");
+  throw std::invalid_argument("outputs in the memory of a device need a stage that computes there");
 }
 
 void Processor::merge(int /*worker*/, const StageBatch& batch, Counts* counts) {
@@ -49,6 +49,10 @@ void Device::detach() noexcept {
   if (table_.detach) table_.detach(table_.self);
 }
 
+bool Device::takes(const ScaledMerge& job) const {
+  return table_.merge_scaled != nullptr && (table_.takes == nullptr || table_.takes(table_.self, &job));
+}
+
 void Device::write(int worker, std::byte* to, const std::byte* from, std::size_t bytes) {
   if (table_.write == nullptr) return Stage::write(worker, to, from, bytes);
   check(table_.write(table_.self, worker, to, from, bytes), worker);
@@ -59,8 +63,7 @@ void Device::merge(int worker, const StageBatch& batch, Counts* counts) {
 }
 
 ScaledResult Device::merge_scaled(int worker, const StageFrame& frame, const ScaledMerge& job, bool measure) {
-  if (table_.merge_scaled == nullptr || (table_.takes && !table_.takes(table_.self, &job)))
-    return processor_.merge_scaled(worker, frame, job, measure);
+  if (!takes(job)) return processor_.merge_scaled(worker, frame, job, measure);
   ScaledResult result;
   check(table_.merge_scaled(table_.self, worker, &frame, &job, measure, &result), worker);
   return result;

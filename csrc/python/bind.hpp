@@ -23,6 +23,7 @@ std::shared_ptr<io::Stage> stage_of(const pybind11::object& object, cpu::Isa isa
 void bind_ops(pybind11::module_& module);
 void bind_checksums(pybind11::module_& module);
 void bind_gram(pybind11::module_& module);
+void bind_lists(pybind11::module_& module);
 void bind_scaled(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 

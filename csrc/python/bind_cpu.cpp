@@ -8,6 +8,7 @@ PYBIND11_MODULE(_cpu, module) {
   paramdelta::bind_ops(module);
   paramdelta::bind_checksums(module);
   paramdelta::bind_gram(module);
+  paramdelta::bind_lists(module);
   paramdelta::bind_scaled(module);
   paramdelta::bind_engine(module);
 }

@@ -4,17 +4,22 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+#include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "cuda/device.hpp"
 #include "cuda/merge.hpp"
+#include "cuda/norms.hpp"
 #include "cuda/rates.hpp"
 #include "cuda/scaled.hpp"
 #include "cuda/stage.hpp"
 #include "python/scaled_job.hpp"
+#include "python/tensor_lists.hpp"
 
 #if !defined(PARAMDELTA_CUDA_MODULE)
 #define PARAMDELTA_CUDA_MODULE _cuda
@@ -41,9 +46,66 @@ void merge(int new_base, const std::vector<std::tuple<int, int, double>>& terms,
   for (const auto& [post, base, alpha] : terms) signature.terms.push_back({dtype_of(post), dtype_of(base), alpha});
   std::vector<cuda::TensorAddresses> list;
   list.reserve(tensors.size());
-  for (const auto& [first, pairs, to, count, counts] : tensors) list.push_back({first, pairs, to, count, counts});
+  for (const auto& [first, pairs, to, count, counts] : tensors)
+    list.push_back({first, cuda::PairAddresses(pairs), to, count, counts});
   const py::gil_scoped_release unlocked;
   cuda::merge(signature, list, device, stream);
+}
+
+// Address and dtype number of an operand.
+using OperandTuple = std::pair<std::uintptr_t, int>;
+
+void norms(OperandTuple post, OperandTuple base, OperandTuple new_base, std::uint64_t count, std::uintptr_t totals,
+           int device, std::uintptr_t stream) {
+  const auto read = [](const OperandTuple& operand) {
+    return Operand{reinterpret_cast<const void*>(operand.first), dtype_of(operand.second)};
+  };
+  cuda::add_norms(read(post), read(base), read(new_base), count, reinterpret_cast<cuda::NormTotals*>(totals), device,
+                  stream);
+}
+
+std::tuple<double, double, double, double> read_norms(const py::bytes& totals) {
+  const std::string_view bytes = totals;
+  if (bytes.size() != sizeof(cuda::NormTotals)) throw std::invalid_argument("totals of norms have another size");
+  cuda::NormTotals copy;
+  std::memcpy(&copy, bytes.data(), sizeof(copy));
+  const NormSums sums = cuda::sums_of(copy);
+  return {sums.delta_squared.rounded(), sums.drift_squared.rounded(), sums.inner.rounded(), sums.largest()};
+}
+
+// Enqueues merges of listed tensors on PyTorch's current stream, those of one signature together. False, where nothing
+// is enqueued: an output is out of the ordinary. `counts` is a tensor of int64 [n, 3] beside them.
+bool merge_tensors(TensorMerges& tensors, const py::object& outs, const py::object& counts, int dtype) {
+  if (!tensors.read_outs(outs, dtype)) return false;
+  const std::uintptr_t to = tensors.address_of_counts(counts);
+  if (to == 0) return false;
+  const int device = tensors.reader().device().index;
+  const std::uintptr_t stream = tensors.reader().stream();
+  const py::gil_scoped_release unlocked;
+  using Types = std::tuple<DType, DType, DType, DType, double>;
+  std::map<Types, std::vector<cuda::TensorAddresses>> groups;
+  std::vector<cuda::TensorAddresses>* group = nullptr;
+  Types last{};
+  const std::vector<ListedMerge>& merges = tensors.merges();
+  for (std::size_t k = 0; k < merges.size(); ++k) {
+    const ListedMerge& merge = merges[k];
+    const Types types(merge.new_base.dtype, merge.out.dtype, merge.post.dtype, merge.base.dtype, merge.alpha);
+    if (group == nullptr || types != last) {
+      group = &groups[types], last = types;
+      if (k == 0) group->reserve(merges.size());  // lists are mostly of one signature
+    }
+    if (merge.count != 0)
+      group->push_back({merge.new_base.address,
+                        {merge.post.address, merge.base.address},
+                        merge.out.address,
+                        merge.count,
+                        to + 24 * k});
+  }
+  for (const auto& [types, list] : groups) {
+    const auto& [new_base, out, post, base, alpha] = types;
+    cuda::merge({new_base, out, {{post, base, alpha}}}, list, device, stream);
+  }
+  return true;
 }
 
 // A job on device memory, and the terms it points to.
@@ -155,6 +217,19 @@ PYBIND11_MODULE(PARAMDELTA_CUDA_MODULE, module) {
   module.def("merge", &merge, py::kw_only(), py::arg("new_base"), py::arg("terms"), py::arg("out"), py::arg("tensors"),
              py::arg("device"), py::arg("stream"),
              "Enqueue merges of (new_base, [post, base, ...], out, count, counts); address 0 stands for zeros.");
+  module.attr("NORM_TOTALS_BYTES") = sizeof(cuda::NormTotals);
+  module.def("norms", &norms, py::kw_only(), py::arg("post"), py::arg("base"), py::arg("new_base"), py::arg("count"),
+             py::arg("totals"), py::arg("device"), py::arg("stream"),
+             "Enqueue the norms of operands (address, dtype), added to totals; address 0 stands for zeros.");
+  module.def("read_norms", &read_norms, py::arg("totals"),
+             "Return |post - base|^2, |new_base - base|^2, their inner product and max |post - base|, of the bytes of "
+             "totals.");
+  bind_tensor_merges(module, cuda::on_host() ? dlpack::kCpu : dlpack::kCuda)
+      .def(
+          "merge", &merge_tensors, py::arg("outs"), py::arg("counts"), py::kw_only(), py::arg("dtype"),
+          "Enqueue merges into as many tensors, of dtype number `dtype` or, where that is -1, of any, and their counts "
+          "(int64 [n, 3], zeros before); False, nothing being enqueued, where an output is not ordinary or overlaps "
+          "other memory.");
   const auto none = py::none();
   const std::pair<std::uint32_t, std::uint32_t> whole(0, 0);
   module.attr("TOTALS_BYTES") = sizeof(cuda::ScaledTotals);

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <optional>
+#include <tuple>
 
 #include "core/error.hpp"
 #include "io/engine.hpp"
@@ -74,6 +75,13 @@ std::pair<std::string, io::Access> file_of(const py::handle object) {
                                                    : io::Access::direct};
 }
 
+// Memory of a device: [address, bytes].
+std::pair<std::byte*, std::int64_t> device_memory_of(const py::handle object) {
+  const auto at = py::cast<std::vector<std::int64_t>>(object);
+  if (at.size() != 2) throw std::invalid_argument("memory of a device: expected its address and its bytes");
+  return {reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(at[0])), at[1]};
+}
+
 std::vector<io::Input> inputs_of(const py::list& list, BoundEngine& bound) {
   std::vector<io::Input> inputs;
   for (const py::handle object : list) {
@@ -81,6 +89,9 @@ std::vector<io::Input> inputs_of(const py::list& list, BoundEngine& bound) {
     if (py::isinstance<py::tuple>(object)) {
       const auto [path, access] = file_of(object);
       input.file = io::File::open_for_reading(path, access);
+    } else if (py::isinstance<py::list>(object)) {
+      std::tie(input.memory, input.bytes) = device_memory_of(object);
+      input.on_device = true;
     } else {
       const py::buffer_info& info = bound.bytes_of(object, false);
       input.memory = static_cast<const std::byte*>(info.ptr);
@@ -99,12 +110,11 @@ std::vector<io::Target> targets_of(const py::list& list, BoundEngine& bound, std
       const auto [path, access] = file_of(object);
       target.file = io::File::open_for_writing(path, access);
       sizes.push_back(target.file.size());
-    } else if (py::isinstance<py::list>(object)) {  // [address on the device, bytes]
-      const auto at = py::cast<std::vector<std::int64_t>>(object);
-      if (at.size() != 2) throw std::invalid_argument("memory of a device: expected its address and its bytes");
-      target.memory = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(at[0]));
+    } else if (py::isinstance<py::list>(object)) {
+      const auto [memory, bytes] = device_memory_of(object);
+      target.memory = memory;
       target.on_device = true;
-      sizes.push_back(at[1]);
+      sizes.push_back(bytes);
     } else if (py::isinstance<py::int_>(object)) {  // nowhere, a file of this size
       target.nowhere = true;
       sizes.push_back(py::cast<std::int64_t>(object));

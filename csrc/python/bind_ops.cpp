@@ -61,7 +61,7 @@ std::tuple<double, double, double, double> norms(OperandTuple post, OperandTuple
   const Operand p = read(post), b = read(base), n = read(new_base);
   const cpu::Isa chosen = isa_of(isa);
   const py::gil_scoped_release unlocked;
-  const cpu::NormSums sums = cpu::norms_parallel(chosen, p, b, n, count, threads);
+  const NormSums sums = cpu::norms_parallel(chosen, p, b, n, count, threads);
   return {sums.delta_squared.rounded(), sums.drift_squared.rounded(), sums.inner.rounded(), sums.largest()};
 }
 

@@ -8,12 +8,16 @@ from types import ModuleType
 from typing import Any
 
 from paramdelta.backends import Capabilities, Counts, Norms, Operand, Term
-from paramdelta.dtypes import MERGE_DTYPES
+from paramdelta.backends.threads import default_threads
+from paramdelta.dtypes import MERGE_DTYPES, DType
 
 # Outputs from this size on bypass the cache: with its three inputs, a merge of this size has left the
 # last-level cache of a core's share long before it ends, and ordinary stores would first read every line that
 # they replace.
 STREAMED_FROM_BYTES = 8 << 20
+# A thread takes so many elements at once (kPiece in csrc/cpu/parallel.hpp): fewer are not worth asking how many threads
+# there may be.
+ONE_THREAD_UP_TO = 32 * 4096
 
 
 def why_not() -> str | None:
@@ -65,6 +69,25 @@ def merge(
             isa=isa,
         )
     )
+
+
+def read_tensor_merges(merges: Any, types: tuple[type, ...]) -> Any:
+    """Return a list of (post, base, new_base[, alpha]) of plain CPU tensors, of ``types``, as the extension reads it,
+    or None where one is out of the ordinary. It keeps the tensors alive."""
+    return _extension().read_tensor_merges(merges, types)
+
+
+def merge_tensors(read: Any, outs: list[Any], dtype: DType | None, *, threads: int | None) -> bytes | None:
+    """Merge what was read into ``outs``; return the counts of each, three u64.
+
+    None, nothing being written, where an output is out of the ordinary, not of ``dtype``, or not apart from the other
+    tensors.
+    """
+    if threads is None:
+        threads = 1 if read.elements <= ONE_THREAD_UP_TO else default_threads()
+    code = -1 if dtype is None else dtype.code
+    packed: bytes | None = read.merge(outs, dtype=code, streamed_from=STREAMED_FROM_BYTES, threads=threads)
+    return packed
 
 
 def norms(

@@ -12,7 +12,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from paramdelta.backends import Capabilities
+from paramdelta.backends import Capabilities, Norms, Operand
 from paramdelta.dtypes import MERGE_DTYPES, DType
 
 BUILD = "PARAMDELTA_BUILD_CUDA=1 pip install -e ."
@@ -66,11 +66,11 @@ def capabilities() -> Capabilities:
     """
     _, variants = _found(_extension())
     return Capabilities(
-        devices=("cpu",) if variants == ("host",) else ("cuda",),
+        devices=(memory(),),
         inputs=MERGE_DTYPES,
         outputs=MERGE_DTYPES,
         variants=variants,
-        operations=("merge", "foreach", "merge_scaled"),
+        operations=("merge", "foreach", "norms", "merge_scaled"),
     )
 
 
@@ -90,6 +90,57 @@ def merge(
         device=device,
         stream=stream,
     )
+
+
+def norms(
+    post: Operand, base: Operand, new_base: Operand, count: int, totals: int, *, device: int, stream: int
+) -> None:
+    """Enqueue the norms of ``count`` elements, which are the whole tensor, as ``ops.norms`` defines them.
+
+    ``totals`` is where they are added to: the address of ``norm_totals_bytes()`` bytes of device memory that hold
+    zeros. ``read_norms`` makes numbers of a copy of them.
+    """
+    _extension().norms(
+        post=(post.address, post.dtype.code),
+        base=(base.address, base.dtype.code),
+        new_base=(new_base.address, new_base.dtype.code),
+        count=count,
+        totals=totals,
+        device=device,
+        stream=stream,
+    )
+
+
+def norm_totals_bytes() -> int:
+    """Return the size of what ``norms`` adds to: exact sums, which take leaves in any order."""
+    size: int = _extension().NORM_TOTALS_BYTES
+    return size
+
+
+def read_norms(totals: bytes) -> Norms:
+    """Return the norms of totals that were copied from a device: each sum is rounded once, here."""
+    return Norms(*_extension().read_norms(totals))
+
+
+def memory() -> str:
+    """Return the torch device type whose memory the extension takes."""
+    return "cpu" if _found(_extension())[1] == ("host",) else "cuda"
+
+
+def read_tensor_merges(merges: Any, types: tuple[type, ...]) -> Any:
+    """Return a list of (post, base, new_base[, alpha]) of plain tensors of one device, of ``types``, as the extension
+    reads it, or None where one is out of the ordinary. It keeps the tensors alive."""
+    return _extension().read_tensor_merges(merges, types)
+
+
+def merge_tensors(read: Any, outs: list[Any], counts: Any, dtype: DType | None) -> bool:
+    """Enqueue merges that were read on PyTorch's current stream, their counts being added to a tensor [n, 3] of int64.
+
+    False, nothing being enqueued, where an output is out of the ordinary, not of ``dtype``, or not apart from the
+    other tensors.
+    """
+    enqueued: bool = read.merge(outs, counts, dtype=-1 if dtype is None else dtype.code)
+    return enqueued
 
 
 def merge_scaled(**job: Any) -> None:
@@ -113,6 +164,12 @@ def stage(device: int) -> Any:
     """Return what the streaming engine is given to compute on a device (``EngineOptions.stage``). It keeps page-locked
     memory, and as much of the device's, from one run to the next, and serves one run at a time."""
     return _extension().stage(device)
+
+
+def most_deltas() -> int:
+    """Return how many deltas one launch adds up, whatever the operands."""
+    extension = _extension()
+    return min(int(extension.most_terms()), int(extension.most_scaled_terms()))
 
 
 def rates(device: int) -> Rates:

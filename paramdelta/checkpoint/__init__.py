@@ -6,6 +6,7 @@ from typing import Any
 
 from paramdelta import JSON_VERSION
 from paramdelta.checkpoint.folder import INDEX, SINGLE, Checkpoint, ShardFile, open_checkpoint
+from paramdelta.checkpoint.held import HeldTensor, held_checkpoint
 from paramdelta.checkpoint.table import TensorSpec, TensorTable
 from paramdelta.checkpoint.weights import (
     Quantisation,
@@ -18,12 +19,14 @@ __all__ = [
     "INDEX",
     "SINGLE",
     "Checkpoint",
+    "HeldTensor",
     "Quantisation",
     "QuantisedWeight",
     "ShardFile",
     "TensorSpec",
     "TensorTable",
     "describe",
+    "held_checkpoint",
     "open_checkpoint",
     "quantised_as",
     "recognise",

@@ -16,6 +16,7 @@ from paramdelta.checkpoint.header import Header, read_header
 from paramdelta.checkpoint.signature import Signature
 from paramdelta.checkpoint.table import TensorTable
 from paramdelta.errors import CheckpointError, Complaint, remedy_of, shown
+from paramdelta.memory import Memory
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,6 +48,7 @@ class Checkpoint:
     ``tied`` is what the config says about tied embeddings, None where it says nothing. ``side_files`` are the other
     files of the folder, weights in other formats and hidden files left out. ``notes`` are things worth telling.
     ``zeros``: the tensors stand for zeros, and where the table says they lie is only where an output puts its own.
+    ``memory``: what holds the data of each file where it is not on disk (:mod:`paramdelta.checkpoint.held`).
     """
 
     path: Path
@@ -59,11 +61,17 @@ class Checkpoint:
     side_files: tuple[str, ...]
     notes: tuple[str, ...]
     zeros: bool = False
+    memory: tuple[Memory, ...] | None = None
 
     @property
     def inputs(self) -> tuple[ShardFile, ...]:
-        """The files whose data is read: none of zeros."""
-        return () if self.zeros else self.files
+        """The files whose data is read: none of zeros, and none of what is in memory."""
+        return () if self.zeros or self.memory is not None else self.files
+
+    @property
+    def sources(self) -> tuple[Path | Memory, ...]:
+        """Where the data of the files is: on disk, or in memory; nowhere for zeros."""
+        return tuple(f.path for f in self.inputs) if self.memory is None else self.memory
 
     @property
     def text_config(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The tokens of a checkpoint: which text has which id, read from tokenizer.json through the tokenizers library, and
 what else decides whether a token of one tokenizer is the same thing in another (how spaces are spelled, how text is
-normalised)."""
+normalised). Without the library, the ids alone, as the files of common tokenizers list them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from paramdelta.checkpoint.documents import read_document
+from paramdelta.checkpoint.documents import read_document, read_json
+from paramdelta.checkpoint.folder import Checkpoint
 from paramdelta.errors import CheckpointError, Complaint, remedy_of, shown
 
 TOKENIZER = "tokenizer.json"
+_VOCABULARY = ("vocab.json", "added_tokens.json")  # where there is no tokenizer.json
+_LINES = "vocab.txt"  # where there is neither: a token to a line
 _MOST_TOKENS = 1 << 24  # sixty times the largest vocabularies there are; arrays are made as long as the largest id
 
 
@@ -75,6 +78,48 @@ def read_tokens(folder: Path) -> Tokens:
         alphabet=_alphabet(tokenizer),
         normaliser=json.dumps(_state(tokenizer.normalizer), sort_keys=True),
     )
+
+
+def token_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Return the files of a checkpoint that list its tokens and can be read without a library, none where it has none:
+    tokenizer.json, else vocab.json with added_tokens.json, else vocab.txt."""
+    there = checkpoint.side_files
+    for names in ((TOKENIZER,), _VOCABULARY, (_LINES,)):
+        if names[0] in there:
+            return tuple(checkpoint.path / name for name in names if name in there)
+    return ()
+
+
+def token_numbers(files: tuple[Path, ...]) -> dict[str, int]:
+    """Return the number of every token in ``token_files``, as they are written; nothing where they cannot be read."""
+    if files and files[0].name == _LINES:
+        try:
+            return {line: number for number, line in enumerate(read_document(files[0]).decode().splitlines())}
+        except (OSError, ValueError):
+            return {}
+    wrong: list[Complaint] = []
+    found: dict[str, int] = {}
+    for file in files:
+        document = read_json(file.parent, file.name, wrong)
+        if file.name != TOKENIZER:
+            found |= _numbered(document)
+            continue
+        model = document.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            found |= _numbered(vocabulary)
+        elif isinstance(vocabulary, list):  # Unigram: pairs of token and score
+            found |= {str(entry[0]): at for at, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+        added = document.get("added_tokens")
+        for entry in added if isinstance(added, list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+                found |= _numbered({entry["content"]: entry.get("id")})
+    return found
+
+
+def _numbered(entries: dict[str, Any]) -> dict[str, int]:
+    whole = {text: n for text, n in entries.items() if isinstance(n, int) and not isinstance(n, bool)}
+    return {text: n for text, n in whole.items() if 0 <= n < _MOST_TOKENS}
 
 
 def _alphabet(tokenizer: Any) -> str:

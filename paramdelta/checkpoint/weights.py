@@ -12,6 +12,7 @@ from paramdelta.checkpoint.declared import Declared, Formats, declared
 from paramdelta.checkpoint.families import BY_NAMES, CODES, FP8_CODES, SCALES, Layout, named, recipe_of
 from paramdelta.checkpoint.folder import Checkpoint
 from paramdelta.checkpoint.grids import TENSOR, USUAL, Grid, Shape, fitting, grid_shape, grid_words, matrix, misfit
+from paramdelta.checkpoint.packed import contradicted_shapes
 from paramdelta.checkpoint.quantised import hopeless_codes
 from paramdelta.dtypes import DTYPES, F32, DType
 from paramdelta.errors import Complaint, shown
@@ -107,6 +108,8 @@ def recognise(checkpoint: Checkpoint, *, allow_unscaled: bool = False) -> tuple[
                 f"{checkpoint.role} is quantised by its config, {search.config.words}, but none of its tensors is",
                 "if they were dequantised, take the quantisation config out",
             )
+    if not search.wrong:
+        search.wrong += contradicted_shapes(checkpoint, search.weights.values())
     return search.result(quantised), search.complaints()
 
 

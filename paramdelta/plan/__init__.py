@@ -16,10 +16,11 @@ from paramdelta.plan.work import Work
 __all__ = ["Kind", "MergeRequest", "Plan", "SideFile", "Work", "make_plan", "make_request", "open_all"]
 
 
-def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
+def make_request(*wrong: Complaint, held: str | None = None, **options: Any) -> MergeRequest:
     """Build a request as :meth:`MergeRequest.build` does; text that names no folder may name a model on the Hub, which
     is fetched once the rest is right. Where it is wrong, or ``wrong`` names what the caller found, the folders are
-    looked at too, so that one run shows everything. Raises PlanError."""
+    looked at too, so that one run shows everything. ``held`` is
+    the role of a checkpoint in memory, whose folder is a name only. Raises PlanError."""
     found = list(wrong)
     remote = hub.identifiers(options)
     try:
@@ -31,7 +32,7 @@ def make_request(*wrong: Complaint, **options: Any) -> MergeRequest:
     kept = ("post", "base", "new_base", "out", "overwrite", "kind")
     folders = {key: options[key] for key in kept if key in options}
     try:
-        open_all(MergeRequest.build(**folders))
+        open_all(MergeRequest.build(**folders), held=held)
     except PlanError as error:
         found += [c for c in error.complaints if c not in found and c.subject not in remote]
     raise PlanError(found)

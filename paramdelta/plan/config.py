@@ -38,8 +38,8 @@ _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "
 
 @dataclass(frozen=True, kw_only=True)
 class MergedConfig:
-    """The output's config.json (None where new_base has none), what was taken from post, where new_base's structure
-    differs from the one post was trained in, and what to warn about."""
+    """The output's config.json (None where new_base has none on disk), what was taken from post, where new_base's
+    structure differs from the one post was trained in, and what to warn about."""
 
     data: bytes | None
     taken: tuple[str, ...]
@@ -65,7 +65,8 @@ def merge_config(
     speak of tokens by other ids than the output's.
     """
     path = new_base.path / "config.json"
-    if not path.is_file():
+    held = new_base.memory is not None  # loaded: it has a config, and no file
+    if not held and not path.is_file():
         return MergedConfig(
             data=None, taken=(), moved=(), warnings=("new_base has no config.json, so the output has none",)
         )
@@ -89,7 +90,7 @@ def merge_config(
                 if isinstance(level.get(key), str):
                     level[key] = _TORCH_NAMES[dtype.name]
     merged = quant_config.applied(merged)
-    data = _bytes_of(path, merged, new_base.config)
+    data = None if held else _bytes_of(path, merged, new_base.config)
     return MergedConfig(data=data, taken=tuple(taken), moved=tuple(moved), warnings=tuple(warnings))
 
 

@@ -20,6 +20,7 @@ from paramdelta.checkpoint import SINGLE, Checkpoint
 from paramdelta.checkpoint.header import format_header
 from paramdelta.dtypes import BY_NAME, DTYPES
 from paramdelta.errors import PlanError
+from paramdelta.memory import Memory
 from paramdelta.plan.choice import Stored
 from paramdelta.plan.deltas import roles_of
 from paramdelta.plan.gathers import Place, gathered_spans
@@ -48,14 +49,15 @@ class Tables:
         """new_base's weights."""
         return self.by_role["new_base"]
 
-    def inputs(self) -> tuple[Path, ...]:
-        """Return all input files, in the order of the roles: post's, base's, new_base's, those of further deltas."""
-        return tuple(f.path for names in self.by_role.values() for f in names.checkpoint.inputs)
+    def inputs(self) -> tuple[Path | Memory, ...]:
+        """Return all input files, or the memory in place of them, in the order of the roles: post's, base's,
+        new_base's, those of further deltas."""
+        return tuple(source for names in self.by_role.values() for source in names.checkpoint.sources)
 
     @cached_property
     def first_files(self) -> dict[str, int]:
         """The number of each role's first file."""
-        counts = [len(names.checkpoint.inputs) for names in self.by_role.values()]
+        counts = [len(names.checkpoint.sources) for names in self.by_role.values()]
         return dict(zip(self.by_role, itertools.accumulate(counts, initial=0), strict=False))
 
 

@@ -33,25 +33,30 @@ from paramdelta.plan.several import pair_all
 from paramdelta.plan.sidefiles import BASE_CONFIG, CARD, REBUILD, RECORD, SideFile, carried_files, model_card, record
 from paramdelta.plan.target import check_links, check_target
 from paramdelta.plan.token_ids import GENERATION, TokenIds, token_ids
+from paramdelta.plan.tokenizers import describe as describe_tokenizers
+from paramdelta.plan.tokenizers import token_differences
+from paramdelta.plan.tokenizers import warnings_of as tokenizer_warnings
 from paramdelta.plan.turning import turn_stacks
 from paramdelta.plan.vocabulary import Alignment, settle, warnings_of
 from paramdelta.plan.vocabulary import describe as describe_alignment
 from paramdelta.plan.zeros import checked_kinds, is_delta, with_zeros
 
 
-def open_all(request: MergeRequest) -> tuple[Checkpoint, ...]:
-    """Open the folders of a request, in their order. Where one cannot be opened, or is a delta in place of a model or a
-    model in place of a delta, raise PlanError with the complaints about all of them and about the output folder."""
+def open_all(request: MergeRequest, *, held: str | None = None) -> tuple[Checkpoint, ...]:
+    """Open the folders of a request, in their order, but for the role ``held``. Where one cannot be opened, or is a
+    delta in place of a model or a model in place of a delta, raise PlanError with the complaints about all of them and
+    about the output folder."""
     wrong: list[Complaint] = []
     opened: list[Checkpoint] = []
-    for role, folder in request.folders.items():
+    folders = {role: folder for role, folder in request.folders.items() if role != held}
+    for role, folder in folders.items():
         try:
             opened.append(open_checkpoint(folder, role=re.sub(r"_\d+$", "", role)))
         except CheckpointError as error:
             wrong += error.complaints
     if wrong:
         raise PlanError([*check_target(request), *wrong, *recognise_all(request, opened)[1]])
-    wrong = checked_kinds(request, opened)
+    wrong = checked_kinds(request, dict(zip(folders, opened, strict=True)))
     if wrong:
         raise PlanError([*check_target(request), *wrong])
     return tuple(opened)
@@ -102,6 +107,7 @@ def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
     if found is not None:
         policies["lossless"] = lossless.summary(layout, pairing, stored, found)
     policies |= _vocabulary_policy(alignment, ids, pairing)
+    other_tokens = token_differences(request, pairing, checkpoints)
     made = [
         SideFile(name=CARD, source=None, data=model_card(request, checkpoints), origin="made"),
         SideFile(name=RECORD, source=None, data=record(request, checkpoints, policies), origin="made"),
@@ -121,10 +127,11 @@ def make_plan(request: MergeRequest, *opened: Checkpoint) -> Plan:
         stored=stored,
         layout=layout,
         side_files=(*carried, *made),
-        policies=policies,
+        policies=policies | describe_tokenizers(other_tokens),  # not in the record: no byte of the output follows them
         warnings=(
             *config.warnings,
             *_vocabulary_warnings(alignment, ids, pairing, checkpoints),
+            *tokenizer_warnings(request, other_tokens),
             *_other_structures(checkpoints),
             *stored.notes,
             *notes,
@@ -164,7 +171,9 @@ def _rebuild(
 
 
 def _own_base(checkpoints: dict[str, Checkpoint]) -> Iterator[str]:
-    """Yield a note where a delta is added to the very base that it was taken from."""
+    """Yield a note where a delta is added to the very base that it was taken from, on disk."""
+    if checkpoints["new_base"].memory is not None:
+        return
     for role, checkpoint in checkpoints.items():
         if is_delta(checkpoint) and not checkpoint.zeros and not is_base_of(checkpoint, checkpoints["new_base"]):
             again = " (--rebuild makes that byte for byte)" if (checkpoint.path / REBUILD).is_file() else ""

@@ -34,7 +34,7 @@ def order_warnings(plan: Plan) -> tuple[str, ...]:
     found = []
     for number in range(len(plan.request.sources)):
         first = list(plan.checkpoints).index(roles_of(number)[0])
-        counts = [len(c.inputs) for c in plan.checkpoints.values()]
+        counts = [len(c.sources) for c in plan.checkpoints.values()]
         warning = _order_warning(plan.work, range(sum(counts[:first]), sum(counts[: first + 1])))
         if warning:
             found.append(f"delta {number + 1}: {warning}" if plan.request.more else warning)
@@ -87,13 +87,15 @@ def integer_warnings(plan: Plan) -> tuple[str, ...]:
 
 
 def _changed_integers(in_post: Checkpoint, in_base: Checkpoint, pairs: list[tuple[str, int, int]]) -> Iterator[str]:
+    if in_base.zeros:  # post is a delta, whose integers are zeros
+        return
     for name, post, base in pairs:
         p, b = (c.tensors.spec(c.tensors.names[row]) for c, row in ((in_post, post), (in_base, base)))
         if p.nbytes > _MOST_COMPARED_BYTES:
             continue
         same = (p.dtype, p.shape) == (b.dtype, b.shape) and read_bytes(
-            in_post.files[p.file].path, p.offset, p.nbytes
-        ) == read_bytes(in_base.files[b.file].path, b.offset, b.nbytes)
+            in_post.sources[p.file], p.offset, p.nbytes
+        ) == read_bytes(in_base.sources[b.file], b.offset, b.nbytes)
         if not same:
             yield shown(name)
 

@@ -29,6 +29,11 @@ NONE = -1  # a row that a checkpoint does not have
 _INTEGERS = frozenset(("bool", "u8", "i8", "u16", "i16", "u32", "i32", "u64", "i64"))
 
 
+def has_rows_of_tokens(name: str) -> bool:
+    """Whether a tensor is a table with a row for each token, by its name."""
+    return _ROWS_OF_TOKENS.search(name) is not None
+
+
 class Kind(enum.IntEnum):
     """What happens to an output tensor."""
 
@@ -277,7 +282,7 @@ class _Pairer:
     def is_token_table(self, name: str, shapes: list[tuple[int, ...]]) -> bool:
         """Whether rows are tokens that another tokenizer would put elsewhere. Sizes tell that only where vocab_size is
         no other size of the same config: the rows of a square matrix must not be moved."""
-        if _ROWS_OF_TOKENS.search(name):
+        if has_rows_of_tokens(name):
             return True
         configs = [n.checkpoint.text_config for n in (self.post, self.base, self.new_base)][-len(shapes) :]
         for config, shape in zip(configs, shapes, strict=True):
@@ -316,7 +321,7 @@ class _Pairer:
 
     def copied_tokens(self, name: str, shape: tuple[int, ...]) -> None:
         """Note what is copied from post and has rows in the order of post's tokens, where new_base's are wanted."""
-        if self.request.vocab == "align" and self.request.tokenizer != "post" and _ROWS_OF_TOKENS.search(name):
+        if self.request.vocab == "align" and self.request.tokenizer != "post" and has_rows_of_tokens(name):
             self.problems.other_tokens.append(f"{shown(name)}: {list(shape)} in post")
 
     def leftovers(self) -> None:

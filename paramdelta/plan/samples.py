@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from paramdelta.dtypes import DTYPES
 from paramdelta.errors import storage_errors
 from paramdelta.formats import CODEC_BITS, CODECS
+from paramdelta.memory import Memory
 from paramdelta.plan.work import Work
 from paramdelta.reference_codes import code_values, scale_values, unpack, unpack_zero_points
 
@@ -51,7 +52,7 @@ def view_values(work: Work, view: Any, rows: int, cols: int) -> Values:
     item = max(bits // 8, 1)
     turned = view["col_stride"] != item
     lines, length, stride = (cols, rows, view["col_stride"]) if turned else (rows, cols, view["row_stride"])
-    raw = _lines(_path(work, view["file"]), view["offset"], lines, stride, (length * bits + 7) // 8)
+    raw = _lines(_source(work, view["file"]), view["offset"], lines, stride, (length * bits + 7) // 8)
     codes = unpack(raw, codec, length)
     values = code_values(codes.T if turned else codes, codec)
     row = _blocks(rows, view["row_phase"], view["grid_rows"])
@@ -69,12 +70,12 @@ def _scales(work: Work, view: Any, rows: int, cols: int) -> Values:
     across = view["scale_col_stride"] == item or cols == 1
     stride = view["scale_row_stride"] if across else view["scale_col_stride"]
     lines, length = (rows, cols) if across else (cols, rows)
-    raw = _lines(_path(work, view["scale_file"]), view["scale_offset"], lines, stride, length * item)
+    raw = _lines(_source(work, view["scale_file"]), view["scale_offset"], lines, stride, length * item)
     codes = raw.view(f"<u{item}")
     scales = scale_values(codes if across else codes.T, dtype.name)
     if not view["second"]:
         return scales
-    second = _lines(_path(work, view["second_file"]), view["second_offset"], 1, 4, 4).view("<f4")[0, 0]
+    second = _lines(_source(work, view["second_file"]), view["second_offset"], 1, 4, 4).view("<f4")[0, 0]
     product: Values = scales * np.float64(second)
     quotient: Values = (scales.astype(np.float32) / second).astype(np.float64)
     return product if view["second"] == 1 else quotient
@@ -84,7 +85,9 @@ def _zero_points(work: Work, view: Any, rows: int, col: NDArray[np.int64]) -> Va
     if view["zero_file"] < 0:
         return 8.0
     words = (int(view["row_phase"]) + rows + 7) // 8
-    raw = _lines(_path(work, view["zero_file"]), view["zero_offset"], words, view["zero_row_stride"], 4 * (col[-1] + 1))
+    raw = _lines(
+        _source(work, view["zero_file"]), view["zero_offset"], words, view["zero_row_stride"], 4 * (col[-1] + 1)
+    )
     points = unpack_zero_points(raw.view("<u4"), words * 8)[int(view["row_phase"]) :][:rows]
     return points[:, col].astype(np.float64)
 
@@ -96,25 +99,27 @@ def _blocks(count: int, phase: int, block: int) -> NDArray[np.int64]:
 
 def _plain(work: Work, file: int, offset: int, code: int, count: int) -> Values:
     dtype = DTYPES[code]
-    codes = _lines(_path(work, file), offset, 1, 0, count * dtype.itemsize)[0].view(f"<u{dtype.itemsize}")
+    codes = _lines(_source(work, file), offset, 1, 0, count * dtype.itemsize)[0].view(f"<u{dtype.itemsize}")
     return code_values(codes, dtype.name)
 
 
-def _path(work: Work, file: int) -> Path:
-    path = work.inputs[file]
-    assert isinstance(path, Path)  # literals are no operands
-    return path
+def _source(work: Work, file: int) -> Path | Memory:
+    source = work.inputs[file]
+    assert not isinstance(source, bytearray)  # literals are no operands
+    return source
 
 
-def _lines(path: Path, offset: int, lines: int, stride: int, length: int) -> NDArray[np.uint8]:
+def _lines(source: Path | Memory, offset: int, lines: int, stride: int, length: int) -> NDArray[np.uint8]:
     """Read ``lines`` of ``length`` bytes."""
-    data = b"".join(read_bytes(path, int(offset) + line * int(stride), int(length)) for line in range(lines))
+    data = b"".join(read_bytes(source, int(offset) + line * int(stride), int(length)) for line in range(lines))
     return np.frombuffer(data, np.uint8).reshape(lines, int(length))
 
 
-def read_bytes(path: Path, offset: int, count: int) -> bytes:
+def read_bytes(source: Path | Memory, offset: int, count: int) -> bytes:
     """Read bytes for a warning, zeros beyond the end of the file. Raises StorageError."""
-    with storage_errors(path, f"reading at byte {offset} failed"), open(path, "rb") as file:
+    if isinstance(source, Memory):
+        return source.read(offset, count)
+    with storage_errors(source, f"reading at byte {offset} failed"), open(source, "rb") as file:
         file.seek(offset)
         data = file.read(count)
     return data + bytes(count - len(data))

@@ -100,6 +100,8 @@ def carried_files(checkpoints: Mapping[str, Checkpoint], tokenizer: str = "post"
 
 
 def _subfolders(checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.memory is not None:
+        return []
     return [f"{p.name}/" for p in checkpoint.path.iterdir() if p.is_dir() and not p.name.startswith(".")]
 
 

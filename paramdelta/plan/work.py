@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from paramdelta.dtypes import BF16, BY_NAME, DTYPES, F32, DType
 from paramdelta.formats import CODEC_BITS, CODECS, RULES, Recipe
+from paramdelta.memory import Memory
 
 # Layouts are those of csrc/io/work.hpp; the extension checks the item sizes and the bounds.
 SPAN = np.dtype(
@@ -191,7 +192,8 @@ class SharedScale:
 class Work:
     """Columns of spans, regions and what they refer to, and the files.
 
-    ``inputs`` are the input files by number, the last of which may be ``literals``, bytes in memory; ``outputs`` the
+    ``inputs`` are the input files by number, or the memory of tensors that are loaded already; the last may be
+    ``literals``, bytes that planning made; ``outputs`` the
     output files by number, as (name, size in bytes); ``headers`` the bytes each output file starts with. ``spans`` is
     sorted by (out_file, out_offset). Together, spans and regions cover every byte behind the headers exactly once.
 
@@ -206,7 +208,7 @@ class Work:
     the number v · F + f. ``own_input`` is the first of as many inputs of which each variant reads its own: literals.
     """
 
-    inputs: tuple[Path | bytearray, ...]
+    inputs: tuple[Path | Memory | bytearray, ...]
     outputs: tuple[tuple[str, int], ...]
     headers: tuple[bytes, ...]
     spans: Rows

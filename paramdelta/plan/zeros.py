@@ -29,10 +29,10 @@ def is_delta(checkpoint: Checkpoint) -> bool:
     return any(file.metadata.get(MARK) == DELTA for file in checkpoint.files)
 
 
-def checked_kinds(request: MergeRequest, opened: Sequence[Checkpoint]) -> list[Complaint]:
+def checked_kinds(request: MergeRequest, opened: Mapping[str, Checkpoint]) -> list[Complaint]:
     """Return a complaint about each folder that is a delta where a model belongs, or a model where a delta does."""
     wrong = []
-    for role, checkpoint in zip(request.folders, opened, strict=True):
+    for role, checkpoint in opened.items():
         wanted = request.takes_deltas and role.partition("_")[0] == "post"
         if is_delta(checkpoint) and not wanted:
             about = checkpoint.files[0].metadata

@@ -48,7 +48,22 @@ def folder_of(
         for file in set(weight_map.values()):
             write_headers(folder / file, {n: t for n, t in tensors.items() if weight_map[n] == file})
         write_json(folder / INDEX, {"weight_map": weight_map})
+    state_shapes(folder)
     return open_checkpoint(folder, role="post")
+
+
+def state_shapes(folder: Path) -> None:
+    """Write the shape of every packed int4 weight into its weight_shape, which headers do not have."""
+    table = (opened := open_checkpoint(folder, role="post")).tensors
+    for name in table.names:
+        packed = name.removesuffix("_shape") + "_packed"
+        if name.endswith(".weight_shape") and packed in table:
+            spec, (rows, words) = table.spec(name), table.spec(packed).shape
+            if spec.shape != (2,) or spec.dtype.name not in ("i32", "i64"):
+                continue
+            with open(opened.files[spec.file].path, "r+b") as file:
+                file.seek(spec.offset)
+                file.write(struct.pack("<2q" if spec.dtype.itemsize == 8 else "<2i", rows, 8 * words))
 
 
 def recognised(folder: Path, tensors: Tensors, config: Any = None, modelopt: Any = None, **more: Any) -> Quantisation:

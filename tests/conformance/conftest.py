@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import cuda_calls
 import pytest
 
@@ -11,12 +13,19 @@ from paramdelta import backends
 # over.
 REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
+# Triton compiles a kernel anew for every form that it is called in, and the emulation compiles what it makes of it:
+# seconds each. These tests need few.
+TRITON_PTX = ("test_known_results", "test_random", "test_alphas", "test_powers_of_two_are_kept")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``isa``: the CPU's instruction sets. ``kernels``: these, and the CUDA kernels on the host and on a device."""
-    for name in ("isa", "kernels"):
+    """``isa``: the CPU's instruction sets. ``kernels``: these, and the CUDA kernels and Triton's, emulated and on a
+    device. ``norm_kernels``: those of them that have norms."""
+    for name in ("isa", "kernels", "norm_kernels"):
         if name in metafunc.fixturenames:
-            reasons = cpu_variants() | (cuda_variants() if name == "kernels" else {})
+            devices = {"isa": (), "kernels": cuda_calls.KERNELS, "norm_kernels": cuda_calls.NORM_KERNELS}[name]
+            devices = tuple(each for each in devices if is_wanted(each, metafunc.function.__name__))
+            reasons = cpu_variants() | {each: cuda_calls.why_not(each) for each in devices}
             metafunc.parametrize(
                 name,
                 [
@@ -26,11 +35,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
 
 
+def is_wanted(kernels: str, test: str) -> bool:
+    """Return whether a test takes these kernels. Where nvcc's code can be emulated, it takes the place of the same
+    bodies compiled for the host, and some tests take Triton's. PARAMDELTA_EMULATE is ``all`` or ``none``."""
+    emulate = os.environ.get("PARAMDELTA_EMULATE", "")
+    if emulate not in ("", "all", "none"):
+        raise pytest.UsageError(f"PARAMDELTA_EMULATE is {emulate!r}: expected all, none, or nothing")
+    if kernels.endswith("-ptx"):
+        return emulate == "all" or (not emulate and (kernels != "triton-ptx" or test in TRITON_PTX))
+    return kernels != "cuda-host" or emulate != "" or cuda_calls.why_not("cuda-ptx") is not None
+
+
 def cpu_variants() -> dict[str, str | None]:
     present = backends.get("cpu").capabilities().variants
     lacks = "this machine does not run {}: it runs " + ", ".join(present)
     return {name: None if name in present else lacks.format(name) for name in REQUIRED["cpu"]}
-
-
-def cuda_variants() -> dict[str, str | None]:
-    return {name: cuda_calls.why_not(name) for name in cuda_calls.KERNELS}

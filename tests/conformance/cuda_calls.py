@@ -25,6 +25,7 @@ import emulated_triton  # noqa: E402
 
 KERNELS = ("cuda-host", "cuda-ptx", "cuda", "triton-ptx", "triton")
 BUILDS: dict[str, Any] = {"cuda-host": cuda_on_host, "cuda-ptx": emulated_cuda, "triton-ptx": emulated_triton}
+NORM_KERNELS = ("cuda-host", "cuda-ptx", "cuda")
 
 
 def why_not(kernels: str) -> str | None:
@@ -116,6 +117,18 @@ def merge(
     memory.fetch(counts)
     nan, inf, overflow = (int(n) for n in counts)
     return nan, inf, overflow
+
+
+def norms(kernels: str, operands: Sequence[reference.Array], count: int) -> tuple[float, float, float, float]:
+    """Return the norms of ``count`` elements of post, base and new_base."""
+    memory, module = Memory(kernels), extension(kernels)
+    totals = np.zeros(module.NORM_TOTALS_BYTES // 8, np.uint64)
+    names = ("post", "base", "new_base")
+    where = {n: (memory.address(a.codes), a.dtype.code) for n, a in zip(names, operands, strict=True)}
+    module.norms(**where, count=count, totals=memory.address(totals), device=0, stream=0)
+    memory.fetch(totals)
+    found: tuple[float, float, float, float] = module.read_norms(totals.tobytes())
+    return found
 
 
 def merge_scaled(

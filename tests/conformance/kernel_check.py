@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from paramdelta import backends, reference
 from paramdelta.backends import cpu
-from paramdelta.dtypes import DType
+from paramdelta.dtypes import F64, DType
 
 Codes = np.ndarray[Any, Any]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -127,3 +128,29 @@ def apart(
 ) -> tuple[reference.Array, list[reference.Term], reference.Merged]:
     """Return a merge with the elements under ``mask`` last: one of them among others would hide a fault of its tile."""
     return pick(new_base, terms, want, np.argsort(mask, kind="stable"))
+
+
+def same_norms(got: tuple[float, ...], want: tuple[float, ...]) -> None:
+    """Fail, naming the first that differs, unless norms are equal; NaN is one NaN."""
+    for name, g, w in zip(reference.Norms._fields, got, want, strict=True):
+        assert g == w or (math.isnan(g) and math.isnan(w)), f"{name}: expected {w!r}, got {g!r}"
+
+
+def check_norms(
+    post: Codes | None,
+    base: Codes | None,
+    new_base: Codes | None,
+    kinds: Sequence[DType],
+    kernels: str,
+    threads: tuple[int, ...] = (1, 3),
+) -> None:
+    """Hold what kernels give to the reference; None among the operands stands for zeros."""
+    arrays = [reference.Array(a, k) for a, k in zip((post, base, new_base), kinds, strict=True)]
+    size = next(a.size for a in (post, base, new_base) if a is not None)
+    filled = [a if a.codes is not None else reference.Array(np.zeros(size, np.uint64), F64) for a in arrays]
+    want = reference.norms(*filled)
+    if kernels in cuda_calls.KERNELS:
+        same_norms(cuda_calls.norms(kernels, arrays, size), want)
+        return
+    for n in threads:
+        same_norms(cpu.norms(*(operand(a) for a in arrays), size, threads=n, isa=kernels), want)

@@ -76,3 +76,12 @@ def clustered(rng: np.random.Generator, dtype: DType, size: int) -> tuple[Codes,
         return reference.encode(np.ldexp(mantissa.astype(np.float64), exponent), dtype)[0]
 
     return one(), one(), one()
+
+
+def shifted(codes: Codes, offset: int) -> Codes:
+    """Return a copy whose first byte lies ``offset`` bytes behind a 64-byte boundary."""
+    memory = np.zeros(codes.nbytes + 128, np.uint8)
+    start = -memory.__array_interface__["data"][0] % 64 + offset
+    view = memory[start : start + codes.nbytes].view(codes.dtype)
+    view[...] = codes
+    return view

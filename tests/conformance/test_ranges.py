@@ -8,10 +8,11 @@ import mmap
 import subprocess
 import sys
 
+import cuda_calls
 import numpy as np
 import pytest
 from kernel_check import check, equal, operand, run
-from kernel_values import adversarial, uniform, weights
+from kernel_values import adversarial, shifted, uniform, weights
 
 from paramdelta import reference
 from paramdelta.backends import cpu
@@ -30,15 +31,6 @@ def triple(dtype: DType, size: int, odd: float = 0.0005):
         where = rng.random(size) < odd
         array[where] = rng.choice(adversarial(dtype), int(where.sum()))
     return post, base, new_base
-
-
-def shifted(codes: np.ndarray, offset: int) -> np.ndarray:
-    """Return a copy whose first byte lies ``offset`` bytes behind a 64-byte boundary."""
-    memory = np.zeros(codes.nbytes + 128, np.uint8)
-    start = -memory.__array_interface__["data"][0] % 64 + offset
-    view = memory[start : start + codes.nbytes].view(codes.dtype)
-    view[...] = codes
-    return view
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["cached", "streamed"])
@@ -95,6 +87,8 @@ def test_nothing_beyond_the_end_is_touched(kernels: str, dtype: DType, streamed:
             run(n, [reference.Term(p, b, alpha)], dtype, kernels=kernels, streamed=streamed, out=out[700 - size :])
         if kernels in cpu.capabilities().variants:
             cpu.norms(operand(p), operand(b), operand(n), size, threads=1, isa=kernels)
+        elif kernels in cuda_calls.NORM_KERNELS:
+            cuda_calls.norms(kernels, (p, b, n), size)
 
 
 @pytest.mark.parametrize("place", ["post", "base", "new_base"])

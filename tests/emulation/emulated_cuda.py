@@ -8,6 +8,7 @@ again when a source is newer. ``library()`` is the emulated device alone.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import importlib.machinery
 import importlib.util
@@ -50,7 +51,7 @@ def library() -> ctypes.CDLL:
     """Return the emulated device: CUDA's runtime, and what runtime.cpp says that tests may ask of it."""
     target = FOLDER / "libemulated.so"
     sources = [HERE / "device.cpp", HERE / "runtime.cpp"]
-    _make(target, [*sources, *HERE.glob("*.hpp")], lambda to: _shared(to, _objects(sources, [_includes()])))
+    make_once(target, [*sources, *HERE.glob("*.hpp")], lambda to: _shared(to, _objects(sources, [_includes()])))
     loaded = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
     loaded.emulated_memory.restype = loaded.emulated_pinned.restype = ctypes.c_size_t
     loaded.cudaGetErrorString.restype = ctypes.c_char_p
@@ -66,7 +67,7 @@ def module() -> ModuleType:
     target = FOLDER / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [*kernels, *(ROOT / "csrc" / "python").glob("*.cpp"), *(ROOT / "csrc").rglob("*.hpp"), *HERE.glob("*.hpp")]
     sources += [HERE / "ptx.py", HERE / "translate.py"]
-    _make(target, sources, lambda to: _extension(kernels, binding, to))
+    make_once(target, sources, lambda to: _extension(kernels, binding, to))
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(target))
     spec = importlib.util.spec_from_file_location(NAME, target, loader=loader)
     assert spec is not None
@@ -117,19 +118,18 @@ def _extension(kernels: Sequence[Path], binding: Path, target: Path) -> None:
     nvcc = _setup().find_nvcc()
     names = [f"-DPARAMDELTA_CUDA_MODULE={NAME}", f"-I{ROOT / 'csrc'}"]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    own = f".{os.getpid()}"
 
     def host(source: Path) -> Path:
-        made = FOLDER / f"{source.stem}{own}.host.o"
+        made = FOLDER / f"{source.stem}.host.o"
         flags = [f"-gencode=arch=compute_{TARGET},code=compute_{TARGET}", "-I" + str(ROOT / "csrc")]
         subprocess.run([nvcc, *_setup().FLAGS, *flags, "-c", source, "-o", made], check=True)
         return made
 
     def device(source: Path) -> Path:
-        text = FOLDER / f"{source.stem}{own}.ptx"
+        text = FOLDER / f"{source.stem}.ptx"
         flags = [f"-arch=compute_{TARGET}", "-I" + str(ROOT / "csrc"), "-ptx"]
         subprocess.run([nvcc, *_setup().FLAGS, *flags, source, "-o", text], check=True)
-        translated = FOLDER / f"{source.stem}{own}.device.cpp"
+        translated = FOLDER / f"{source.stem}.device.cpp"
         translated.write_text(translate.translate(ptx.read(text.read_text())))
         text.unlink()
         (made,) = _objects([translated], [])
@@ -137,7 +137,7 @@ def _extension(kernels: Sequence[Path], binding: Path, target: Path) -> None:
         return made
 
     with ThreadPoolExecutor(_jobs()) as pool:
-        running = [pool.submit(device, k) for k in kernels if "launch.hpp" in k.read_text() or "_kernel.hpp" in k.read_text()]
+        running = [pool.submit(device, k) for k in kernels if "_kernel.hpp" in k.read_text()]
         running += [pool.submit(host, k) for k in kernels]
         objects = [each.result() for each in running]
     _shared(target, [*objects, *_objects([binding], [*names, *python])])
@@ -145,7 +145,7 @@ def _extension(kernels: Sequence[Path], binding: Path, target: Path) -> None:
 
 def _shared(target: Path, objects: Sequence[Path]) -> None:
     """Link objects, which go, to a library beside the emulated device."""
-    other = [] if target.name.startswith("libemulated.so") else [str(FOLDER / "libemulated.so"), f"-Wl,-rpath,{FOLDER}"]
+    other = [] if target.stem.startswith("libemulated.") else [str(FOLDER / "libemulated.so"), f"-Wl,-rpath,{FOLDER}"]
     subprocess.run([_compiler(), "-shared", "-pthread", *objects, *other, "-o", target], check=True)
     for each in objects:
         each.unlink()
@@ -153,7 +153,7 @@ def _shared(target: Path, objects: Sequence[Path]) -> None:
 
 def _objects(sources: Sequence[Path], flags: Sequence[str]) -> list[Path]:
     def one(source: Path) -> Path:
-        made = FOLDER / f"{source.stem}.{os.getpid()}.o"
+        made = FOLDER / f"{source.stem}.o"
         # Registers that are read before they are written, and their like, are what they are.
         quiet = ["-w"] if source.suffix == ".cpp" and source.parent != HERE else ["-Wall", "-Wextra", "-Werror"]
         subprocess.run([_compiler(), *CXX_FLAGS, *quiet, f"-I{HERE}", *flags, "-c", source, "-o", made], check=True)
@@ -163,14 +163,15 @@ def _objects(sources: Sequence[Path], flags: Sequence[str]) -> list[Path]:
         return list(pool.map(one, sources))
 
 
-def _make(target: Path, sources: Sequence[Path], make: Callable[[Path], None]) -> None:
-    """Make a file where a source is newer. Several processes may do this at once: each its own, and the last one stays."""
-    if target.exists() and target.stat().st_mtime >= max(each.stat().st_mtime for each in sources):
-        return
+def make_once(target: Path, sources: Sequence[Path], make: Callable[[Path], None]) -> None:
+    """Make a file where a source is newer, or it is not there: of several workers that come here at once, one does."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    own = target.with_name(f"{target.name}.{os.getpid()}")
-    make(own)
-    own.replace(target)
+    with open(FOLDER / f"{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists() or target.stat().st_mtime < max((s.stat().st_mtime for s in sources), default=0.0):
+            made = target.with_name(f"{target.stem}.made{target.suffix}")  # what is cut short leaves no half of a file
+            make(made)
+            made.replace(target)
 
 
 def _includes() -> str:

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -132,9 +131,7 @@ def _load(text: str) -> str:
     own = f"{name}_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
     emulated_cuda.library()
     target = emulated_cuda.FOLDER / f"{own}.so"
-    if not target.exists():
-        made = target.with_name(f"{own}.{os.getpid()}.so")
-        emulated_cuda.compile_ptx(re.sub(rf"\b{name}(_param_\d+)?\b", rf"{own}\1", code), made)
-        made.replace(target)
+    renamed = re.sub(rf"\b{name}(_param_\d+)?\b", rf"{own}\1", code)
+    emulated_cuda.make_once(target, [], lambda to: emulated_cuda.compile_ptx(renamed, to))
     ctypes.CDLL(str(target))
     return own

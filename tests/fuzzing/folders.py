@@ -118,7 +118,13 @@ def write_shard(path: Path, tensors: Tensors, choices: Choices) -> None:
         at += size
     raw = json.dumps(header).encode()
     pattern = choices.take(1 + choices.number(0, 40)) or b"\x38\x3f\x01\x80\x3c"
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw + (pattern * (at // len(pattern) + 1))[:at])
+    data = bytearray((pattern * (at // len(pattern) + 1))[:at])
+    for name, entry in header.items():
+        packed = header.get(name.removesuffix("_shape") + "_packed", {}).get("shape", ())
+        begin, end = entry["data_offsets"]
+        if name.endswith(".weight_shape") and len(packed) == 2 and end - begin == 16:
+            data[begin:end] = struct.pack("<2q", packed[0], 8 * packed[1])
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
 
 
 def odd_tensors(tensors: Tensors, choices: Choices) -> Tensors:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plan_folders import plan
-from quantised_folders import folder_of
+from quantised_folders import folder_of, state_shapes
 
 from paramdelta.checkpoint import Checkpoint, open_checkpoint
 from paramdelta.plan import Plan
@@ -262,7 +262,7 @@ def folders(root: Path, post: str, base: str, new_base: str, **options: Any) -> 
 
 
 def skeleton(made: Plan, folder: Path) -> Checkpoint:
-    """Write what a plan writes, with holes in place of the tensors' data, and open it."""
+    """Write what a plan writes, with holes in place of the tensors' data (but for the shapes of int4), and open it."""
     folder.mkdir()
     for (name, size), header in zip(made.work.outputs, made.work.headers, strict=True):
         with open(folder / name, "wb") as file:
@@ -270,6 +270,7 @@ def skeleton(made: Plan, folder: Path) -> Checkpoint:
             file.truncate(size)
     for name, content in made.written_files():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    state_shapes(folder)
     return open_checkpoint(folder, role="post")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quantised_folders import state_shapes
 
 from paramdelta.checkpoint import Quantisation, QuantisedWeight, open_checkpoint, recognise
 from paramdelta.checkpoint.families import MODELOPT_FP8, OUTPUT_FORMATS, output_format
@@ -117,6 +118,7 @@ def written(folder: Path, formats: Sequence[Format], config: Any, modelopt: Any 
     ):
         if value:
             (folder / name).write_text(json.dumps(value))
+    state_shapes(folder)
     found, complaints = recognise(open_checkpoint(folder))
     assert complaints == []
     return found

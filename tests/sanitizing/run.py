@@ -51,6 +51,7 @@ SANITIZERS = {
         (
             "test_engine.py",
             "test_stages.py",
+            "test_loaded.py",
             "test_variants.py",
             "test_storage.py",
             "conformance/test_crc32.py",
@@ -73,6 +74,7 @@ SANITIZERS = {
         (
             "test_engine.py",
             "test_stages.py",
+            "test_loaded.py",
             "test_variants.py",
             "test_storage.py",
             "conformance/test_crc32.py",
