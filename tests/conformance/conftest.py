@@ -12,6 +12,7 @@ from paramdelta import backends
 REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
 
+@pytest.hookimpl(trylast=True)  # after the tests' own parameters: all kernels of one case follow each other
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``isa``: the CPU's instruction sets. ``kernels``: these, and the CUDA kernels on the host and on a device, and
     Triton's. ``norm_kernels``: those of them that have norms."""
