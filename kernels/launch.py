@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 
@@ -15,6 +16,11 @@ from paramdelta.kernels.codec import FORMATS
 BLOCK = 1024
 WARPS = 4
 _INF = 0x7FF0000000000000
+
+
+def interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, on CPU memory."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def alpha_bits(alpha: float) -> int:

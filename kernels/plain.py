@@ -53,9 +53,9 @@ def store(out, offset, mask, new_base, acc, touched, counts, FORMAT: tl.constexp
     special = (code & ((1 << (of(FORMAT, "bits") - 1)) - 1)) > of(FORMAT, "largest")
     if tl.max(special.to(tl.int32), 0) > 0:
         to = counts.to(tl.pointer_type(tl.int64))
-        tl.atomic_add(to, tl.sum((acc != acc).to(tl.int64), 0))
-        tl.atomic_add(to + 1, tl.sum((tl.abs(acc) == float("inf")).to(tl.int64), 0))
-        tl.atomic_add(to + 2, tl.sum((special & (tl.abs(acc) < float("inf"))).to(tl.int64), 0))
+        tl.atomic_add(to, tl.sum((acc != acc).to(tl.int64), 0), sem="relaxed")
+        tl.atomic_add(to + 1, tl.sum((tl.abs(acc) == float("inf")).to(tl.int64), 0), sem="relaxed")
+        tl.atomic_add(to + 2, tl.sum((special & (tl.abs(acc) < float("inf"))).to(tl.int64), 0), sem="relaxed")
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from paramdelta.backends import Capabilities
+from paramdelta.backends import Capabilities, triton_scaled
 from paramdelta.dtypes import BF16, F16, F32, DType
 from paramdelta.errors import BackendError
 
@@ -63,8 +63,9 @@ def capabilities() -> Capabilities:
         inputs=DTYPES,
         outputs=DTYPES,
         variants=("interpreter",) if interpreted() else tuple(f"sm_{a}{b}" for a, b in _capabilities()),
-        operations=("merge", "foreach"),
+        operations=("merge", "foreach", "merge_scaled"),
         one_type=True,
+        matrices=triton_scaled.SUPPORTED,
     )
 
 
@@ -109,6 +110,25 @@ def merge(
         ).T
         operands = [2, 3, *(4 + 2 * k + side for k in kept for side in (0, 1))]
         enqueue_each(columns[0], [columns[1], *(columns[c] for c in operands)], alphas, new_base, device, **options)
+
+
+def merge_scaled(*, device: int = 0, stream: int = 0, **job: Any) -> None:
+    """Enqueue a merge of matrices of codes and scales; keywords are those of ``_cuda.merge_scaled``, as for ``cuda``.
+
+    What it takes is in ``capabilities().matrices``. Raises BackendError.
+    """
+    with _on(device, stream):
+        triton_scaled.enqueue(**job)
+
+
+def totals_bytes() -> int:
+    """Return the size of the totals that ``merge_scaled`` adds to: device memory that holds zeros before."""
+    return triton_scaled.TOTALS_BYTES
+
+
+def workspace_bytes(**job: Any) -> int:
+    """Return how much device memory ``merge_scaled`` needs beside its operands, for the same keywords."""
+    return triton_scaled.workspace_bytes(**job)
 
 
 def enqueue_each(
