@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ARCHITECTURES = (80, 90, 100)
 import paramdelta
 
 if importlib.util.find_spec("paramdelta.kernels") is None:  # where this file is run
     paramdelta.__path__.append(str(Path(__file__).parents[2]))
 
+ARCHITECTURES = (80, 90, 100)
 ALIGNED = [["tt.divisibility", 16]]
 DEEPGEMM = ("ceil2", 448.0, 1e-4, 1.0, True, "f32")
 BLOCK_FORM = ("f8_e4m3", "f32", 128, 128, False, False)
