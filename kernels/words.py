@@ -115,7 +115,7 @@ def minus(total, plane, words, factor, K: tl.constexpr, FORM: tl.constexpr):
     if plane[0] is None:
         rest = total
     elif item(FORM, 0) == "f8_e4m3":
-        rest = tl.fma(number(words, K, FORM), -factor, total)
+        rest = tl.fma(number(words, K, FORM), factor * -1.0, total)
     else:
         rest = total - number(words, K, FORM)
     return rest
@@ -125,7 +125,7 @@ def minus(total, plane, words, factor, K: tl.constexpr, FORM: tl.constexpr):
 def merged(planes, words, factors, alphas, zeros, K: tl.constexpr, TERMS: tl.constexpr, FORMS: tl.constexpr):
     """Return acc of element K of each word, and integers that are not 0 where a delta is not."""
     touched = tl.zeros(zeros.shape, tl.uint32)
-    step = -zeros
+    step = zeros * -1.0  # a minus sign is 0 − x in Triton 3.6, which makes +0 of 0
     for k in tl.static_range(TERMS):
         base = plus(planes[2 + 2 * k], words[2 + 2 * k], factors[2 + 2 * k], zeros, K, item(FORMS, 2 + 2 * k))
         delta = minus(base, planes[1 + 2 * k], words[1 + 2 * k], factors[1 + 2 * k], K, item(FORMS, 1 + 2 * k))
@@ -133,7 +133,7 @@ def merged(planes, words, factors, alphas, zeros, K: tl.constexpr, TERMS: tl.con
         touched |= bits.to(tl.uint32) | (bits >> 32).to(tl.uint32)
         product = scaled_delta(delta, alphas[k])
         if k == 0:
-            step = -product
+            step = product * -1.0
             acc = plus(planes[0], words[0], factors[0], step, K, item(FORMS, 0))
         else:
             acc = acc - product
