@@ -155,10 +155,10 @@ def test_operands_of_zeros(kernels: str) -> None:
 
 def test_sums_of_errors(kernels: str) -> None:
     """Within a part in a thousand of what binary64 gives: they are for a report."""
-    if kernels == "triton":
-        pytest.skip("the Triton kernels sum up no errors")
     rng = np.random.default_rng(10)
     for output in (o for o in outputs() if o.recipe is not None and o.recipe.values == "f32"):
+        if kernels == "triton" and not triton_calls.makes(output):
+            continue
         post, base, new_base = weights(rng, (130, 600), (Kind("bf16"),) * 3)
         acc, _ = reference_scaled.accumulate(new_base, [ScaledTerm(post, base)])
         got = check(new_base, [ScaledTerm(post, base)], output, kernels=kernels)
