@@ -177,16 +177,20 @@ def loops(function: Function) -> list[set[int]]:
     return list(found.values())
 
 
-def ordinary_path(function: Function, turns: int) -> list[tuple[Instruction, int]]:
+def ordinary_path(function: Function, turns: int = 1, *, body: bool = False) -> list[tuple[Instruction, int]]:
     """Return the instructions of the ordinary path, each with how often a thread executes it.
 
     ``turns``: of loops that move data with wide accesses; other loops are passed once. Of loops inside each other, each
-    of which moves data, only the inner ones turn.
+    of which moves data, only the inner ones turn. ``body``: of the largest such loop, one turn, and nothing else: for
+    kernels whose thread blocks stay.
     """
     blocks = function.blocks
     moving = [m for m in loops(function) if any(x.wide_bytes for i in m for x in blocks[i].instructions)]
+    if body and not moving:
+        raise ValueError(f"{function.name} has no loop that moves data")
+    whole = max(moving, key=len) if body else set(range(len(blocks)))
     inner = [m for m in moving if not any(other < m for other in moving)]
-    times = [turns if any(i in m for m in inner) else 1 for i in range(len(blocks))]
+    times = [turns if not body and any(i in m for m in inner) else 1 for i in range(len(blocks))]
 
     def worth(i: int) -> tuple[int, int, int]:
         here = blocks[i].instructions
@@ -196,12 +200,12 @@ def ordinary_path(function: Function, turns: int) -> list[tuple[Instruction, int
             times[i] * len(here),
         )
 
-    # The best way from each block to an exit; jumps back are not taken.
+    # The best way from each block to the end; jumps back are not taken, but that to a body's head is its end.
+    first = min(whole)
     best: dict[int, tuple[tuple[int, int, int], int | None]] = {}
-    for i in range(len(blocks) - 1, -1, -1):
-        ways = [(best[j][0], j) for j in blocks[i].after if j > i and j in best]
-        last = blocks[i].instructions[-1]
-        if last.name == "EXIT":
+    for i in sorted(whole, reverse=True):
+        ways: list[tuple[tuple[int, int, int], int]] = [(best[j][0], j) for j in blocks[i].after if j > i and j in best]
+        if first in blocks[i].after if body else blocks[i].instructions[-1].name == "EXIT":
             ways.append(((0, 0, 0), -1))
         if not ways:
             continue
@@ -209,7 +213,7 @@ def ordinary_path(function: Function, turns: int) -> list[tuple[Instruction, int
         mine = worth(i)
         best[i] = ((mine[0] + value[0], mine[1] + value[1], mine[2] + value[2]), after if after >= 0 else None)
     path: list[tuple[Instruction, int]] = []
-    at: int | None = 0
+    at: int | None = first
     while at is not None:
         path.extend((x, times[at]) for x in blocks[at].instructions)
         at = best[at][1]

@@ -4,16 +4,17 @@
 // - Thread blocks stay, and take tile after tile. What they read arrives in shared memory by asynchronous copies, a
 //   tile or two ahead, so that loads are under way whatever the threads do. A thread copies and reads the same bytes:
 //   no barrier lies between.
-// - A block's 16384 values stay in registers from the largest |x| to the codes, 32 a thread.
+// - A block's 16384 values stay in registers from the largest |x| to the codes, 64 a thread.
 // - Codes become binary64 by moving bits, products of code and scale are fused where that is exact, codes come from two
 //   products in place of a division.
 //
-// Exactness. Let n, p, b be codes with scales s, and a = |alpha|. A product of a code (4 bits) and a scale (24, or 48 of
-// two levels) has at most 52 bits and is exact, so a fused multiply-add that uses it rounds as the sum of the contract
-// does. z = fma(b, b_s, 0), then fma(−p, p_s, z), is base − post rounded once; neither is ever −0, since +0 is added to
-// a product or to something that is not −0. So acc = fma(n, n_s, −(a · z)) is n · n_s where z is zero, −0 included: a
-// zero delta leaves acc untouched. For alpha < 0 post and base change places. A power of two goes into p_s and b_s.
-// Scales are below 256 and a is within 2^±64, so nothing overflows, and every product is a normal number or zero.
+// Exactness. Let n, p, b be codes with scales s, and a = |alpha|. A product of a code (4 bits) and a scale (24, or 48
+// of two levels) has at most 52 bits and is exact, so a fused multiply-add that uses it rounds as the sum of the
+// contract does. z = fma(b, b_s, 0), then fma(−p, p_s, z), is base − post rounded once; neither is ever −0, since +0 is
+// added to a product or to something that is not −0. So acc = fma(n, n_s, −(a · z)) is n · n_s where z is zero, −0
+// included: a zero delta leaves acc untouched. For alpha < 0 post and base change places. A power of two goes into p_s
+// and b_s. Scales are below 256 and a is within 2^±64, so nothing overflows, and every product is a normal number or
+// zero.
 //
 // Codes are of y = fl(x / f). Let low ≤ 1/f ≤ high be the binary32 around it: for x ≥ 0, x · low ≤ x / f ≤ x · high,
 // and rounding is monotone, to binary32 and to codes; so where both products have one code, it is y's. For x < 0 all
@@ -26,9 +27,9 @@
 namespace paramdelta::cuda {
 
 inline constexpr std::uint32_t kSide = 128;
-inline constexpr int kBlocksThreads = 512;
-inline constexpr int kChunks = 2;         // of 16 columns of a row, for each thread
-inline constexpr int kOperands = 3;       // new_base, what delta is subtracted from, and what is subtracted
+inline constexpr int kBlocksThreads = 256;
+inline constexpr int kChunks = 4;    // of 16 columns of a row, for each thread
+inline constexpr int kOperands = 3;  // new_base, what delta is subtracted from, and what is subtracted
 inline constexpr std::uint32_t kMostTilesAhead = 2;
 
 PARAMDELTA_HOST_DEVICE inline bool is_power_of_two(double weight) {
@@ -37,16 +38,41 @@ PARAMDELTA_HOST_DEVICE inline bool is_power_of_two(double weight) {
 
 struct BlocksParams {
   ScaledParams scaled;
-  std::uint32_t tiles = 0, stride = 0;  // of the matrix; thread blocks
-  std::uint32_t ahead = 1;              // tiles that are on their way
-  Matrix operands[kOperands];           // new_base; base and post, the other way round for alpha < 0
-  double weight = 1.0;                  // |alpha|
+  std::uint32_t tiles = 0, stride = 0;               // of the matrix; thread blocks
+  std::uint32_t stride_down = 0, stride_across = 0;  // the same in rows of tiles, and what is left
+  std::uint32_t ahead = 1;                           // tiles that are on their way
+  Matrix operands[kOperands];                        // new_base; base and post, the other way round for alpha < 0
+  double weight = 1.0;                               // |alpha|
+};
+
+// The tiles that a thread block takes: every stride-th one, without a division for each.
+struct TileCursor {
+  std::uint32_t number, down, across;
+
+  PARAMDELTA_DEVICE TileCursor(const BlocksParams& params, std::uint32_t first)
+      : number(first), down(first / params.scaled.tiles_across), across(first - down * params.scaled.tiles_across) {}
+
+  PARAMDELTA_DEVICE void advance(const BlocksParams& params) {
+    number += params.stride;
+    down += params.stride_down;
+    across += params.stride_across;
+    const bool over = across >= params.scaled.tiles_across;
+    across -= over ? params.scaled.tiles_across : 0;
+    down += over ? 1 : 0;
+  }
+  PARAMDELTA_DEVICE bool is_there(const BlocksParams& params) const { return number < params.tiles; }
+  PARAMDELTA_DEVICE Tile tile(const BlocksParams& params) const {
+    const ScaledMerge& job = params.scaled.job;
+    const std::uint32_t row = down * kSide, col = across * kSide;
+    return {row, col, least(kSide, static_cast<std::uint32_t>(job.rows) - row),
+            least(kSide, static_cast<std::uint32_t>(job.cols) - col)};
+  }
 };
 
 // What a block of the output becomes, for all threads.
 struct BlockChoice {
-  float low, high;       // around the factor of x
-  float factor;          // x / factor is what has a code, or x · factor
+  float low, high;  // around the factor of x
+  float factor;     // x / factor is what has a code, or x · factor
   float scale;
   std::uint32_t divide;  // all bits: low and high do not serve
   std::uint32_t copied;
@@ -73,8 +99,9 @@ struct Odd {
   std::uint32_t touched;
 };
 
-// An element literally: where a code is NaN, or a scale unsuited.
-PARAMDELTA_DEVICE_CALL Odd merge_odd(const ScaledParams& params, std::uint32_t row, std::uint32_t col) {
+// An element literally: where a code is NaN, or a scale unsuited. Zero beyond the matrix.
+PARAMDELTA_DEVICE_CALL Odd merge_odd(const ScaledParams& params, bool is, std::uint32_t row, std::uint32_t col) {
+  if (!is) return {0.0f, 0};
   const Sum sum = sum_at(params.job, params.terms, row, col);
   const float x = rounded_value(params.job.recipe, sum.acc);
   Counts counts;
@@ -97,8 +124,8 @@ PARAMDELTA_DEVICE_CALL std::uint32_t divided_codes(float x0, float x1, float x2,
   return word;
 }
 
-// What quantising x lost, and x², in units of the scale squared: of a value that is finite, which y = x / scale need not
-// be in binary32.
+// What quantising x lost, and x², in units of the scale squared: of a value that is finite, which y = x / scale need
+// not be in binary32.
 struct LostOdd {
   double error, value;
 };
@@ -124,14 +151,13 @@ PARAMDELTA_DEVICE_CALL void use_scale(const BlocksParams& params, int operand, s
   if (operand == 0) shared.stored[turn] = stored;
 }
 
-PARAMDELTA_DEVICE_CALL void choose_block(const BlocksParams& params, const Tile& tile, int turn,
-                                         BlocksShared& shared) {
+PARAMDELTA_DEVICE_CALL void choose_block(const BlocksParams& params, const Tile& tile, int turn, BlocksShared& shared) {
   const ScaledMerge& job = params.scaled.job;
   const std::uint32_t largest = shared.largest[turn], touched = shared.touched[turn];
   if (largest > shared.total_largest) shared.total_largest = largest;
   shared.total_touched |= touched;
-  const UnitChoice unit = choose(job, keeps(job) ? &shared.stored[turn] : nullptr, touched != 0,
-                                 bits_as<float>(largest), true);
+  const UnitChoice unit =
+      choose(job, keeps(job) ? &shared.stored[turn] : nullptr, touched != 0, bits_as<float>(largest), true);
   store_scale(job.recipe.scale_dtype, job.out_scales, unit_index(job, tile.row, tile.col), unit.scale.stored);
   BlockChoice choice;
   choice.factor = unit.scale.factor;
@@ -172,15 +198,17 @@ struct BlocksKernel {
   };
 
   PARAMDELTA_DEVICE static Sixteen* slot(Sixteen* slots, std::uint32_t place, int operand, int chunk, int thread) {
-    return slots + ((place * kOperands + static_cast<std::uint32_t>(operand)) * kChunks +
-                    static_cast<std::uint32_t>(chunk)) * kBlocksThreads + thread;
+    return slots +
+           ((place * kOperands + static_cast<std::uint32_t>(operand)) * kChunks + static_cast<std::uint32_t>(chunk)) *
+               kBlocksThreads +
+           thread;
   }
 
   // Starts a thread's share of a tile's copies; zeros beyond the matrix.
-  PARAMDELTA_DEVICE static void fetch(const Params& params, std::uint32_t tile_number, std::uint32_t place,
+  PARAMDELTA_DEVICE static void fetch(const Params& params, const TileCursor& cursor, std::uint32_t place,
                                       Sixteen* slots, int thread) {
-    if (tile_number < params.tiles) {
-      const Tile tile = tile_of(params.scaled, tile_number);
+    if (cursor.is_there(params)) {
+      const Tile tile = cursor.tile(params);
       PARAMDELTA_UNROLL
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         const Place at(tile, thread, chunk);
@@ -228,8 +256,8 @@ struct BlocksKernel {
     PARAMDELTA_UNROLL
     for (int w = 0; w < 4; ++w) {
       const float* v = x + 4 * w;
-      const std::uint32_t other = encode_four(v[0] * choice.high, v[1] * choice.high, v[2] * choice.high,
-                                              v[3] * choice.high);
+      const std::uint32_t other =
+          encode_four(v[0] * choice.high, v[1] * choice.high, v[2] * choice.high, v[3] * choice.high);
       float y[4], near[4];
       PARAMDELTA_UNROLL
       for (int k = 0; k < 4; ++k) y[k] = v[k] * choice.low;
@@ -246,8 +274,7 @@ struct BlocksKernel {
     if ((differ | choice.divide) != 0) {
       PARAMDELTA_UNROLL
       for (int w = 0; w < 4; ++w)
-        codes.words[w] =
-            divided_codes(x[4 * w], x[4 * w + 1], x[4 * w + 2], x[4 * w + 3], choice.factor, multiply);
+        codes.words[w] = divided_codes(x[4 * w], x[4 * w + 1], x[4 * w + 2], x[4 * w + 3], choice.factor, multiply);
     }
     return codes;
   }
@@ -259,9 +286,11 @@ struct BlocksKernel {
     PerThread<BlocksState, kThreads> states;
     const bool multiply = multiplies(job.recipe);
 
+    TileCursor cursor(params, block.index), next = cursor, fetched = cursor;
+    next.advance(params);
+    for (std::uint32_t i = 0; i < params.ahead; ++i, fetched.advance(params))
+      block.spread([&](int thread) { fetch(params, fetched, i, slots, thread); });
     block.each([&](int thread) {
-      for (std::uint32_t i = 0; i < params.ahead; ++i)
-        fetch(params, block.index + i * params.stride, i, slots, thread);
       if (thread == 0) {
         shared.total_largest = shared.total_touched = 0;
         shared.unsuited[0] = shared.largest[0] = shared.touched[0] = 0;
@@ -269,21 +298,21 @@ struct BlocksKernel {
     });
     block.each([&](int thread) {
       if (thread < kOperands)
-        use_scale(params, thread, block_scale(params.operands[thread], tile_of(params.scaled, block.index)), 0, shared);
+        use_scale(params, thread, block_scale(params.operands[thread], cursor.tile(params)), 0, shared);
     });
 
     int turn = 0;
     std::uint32_t place = 0;
     PARAMDELTA_ROLLED
-    for (std::uint32_t number = block.index; number < params.tiles; number += params.stride) {
-      const Tile tile = tile_of(params.scaled, number);
-      const bool more = params.tiles - number > params.stride;
+    while (cursor.is_there(params)) {
+      const Tile tile = cursor.tile(params);
+      const bool more = next.is_there(params);
       block.each([&](int thread) {
         BlocksState& state = states.of(thread);
         // What the next tile needs is asked for here and looked at below, when it has come.
         if (thread == 0) shared.unsuited[turn ^ 1] = shared.largest[turn ^ 1] = shared.touched[turn ^ 1] = 0;
         if (more && thread >= 32 && thread - 32 < kOperands)
-          state.scale = block_scale(params.operands[thread - 32], tile_of(params.scaled, number + params.stride));
+          state.scale = block_scale(params.operands[thread - 32], next.tile(params));
         await_copies(params.ahead - 1);
         float largest = 0.0f;
         std::uint32_t touched = 0;
@@ -303,9 +332,8 @@ struct BlocksKernel {
             touches = 0;
             PARAMDELTA_UNROLL
             for (int k = 0; k < 16; ++k) {
-              const Odd odd = at.is ? merge_odd(params.scaled, tile.row + at.row,
-                                                tile.col + at.col + static_cast<std::uint32_t>(k))
-                                    : Odd{0.0f, 0};
+              const Odd odd =
+                  merge_odd(params.scaled, at.is, tile.row + at.row, tile.col + at.col + static_cast<std::uint32_t>(k));
               state.x[chunk][k] = odd.x;
               touches |= odd.touched;
               if (is_finite(odd.x)) here = larger_magnitude(here, odd.x);
@@ -314,7 +342,7 @@ struct BlocksKernel {
           largest = here > largest ? here : largest;
           touched |= touches;
         }
-        fetch(params, number + params.ahead * params.stride, place, slots, thread);
+        fetch(params, fetched, place, slots, thread);
         warp_max(thread, &shared.largest[turn], bits_as<std::uint32_t>(largest));
         warp_or(thread, &shared.touched[turn], touched != 0 ? 1u : 0u);
       });
@@ -352,6 +380,9 @@ struct BlocksKernel {
         state.error += choice.copied != 0 ? 0.0 : lost * squared;
         state.value += whole * squared;
       });
+      cursor = next;
+      next.advance(params);
+      fetched.advance(params);
       turn ^= 1;
       place = place + 1 == params.ahead ? 0 : place + 1;
     }

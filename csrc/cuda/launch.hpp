@@ -89,7 +89,8 @@ struct BlocksPerProcessor<Kernel, std::void_t<decltype(Kernel::kBlocksPerProcess
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, BlocksPerProcessor<Kernel>::value) run(const __grid_constant__ typename Kernel::Params params) {
+__global__ void __launch_bounds__(Kernel::kThreads, BlocksPerProcessor<Kernel>::value)
+    run(const __grid_constant__ typename Kernel::Params params) {
   Block block{blockIdx.x, shared_memory, Kernel::kThreads};
   Kernel::block(block, params);
 }

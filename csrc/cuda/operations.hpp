@@ -14,9 +14,7 @@ namespace paramdelta::cuda {
 PARAMDELTA_DEVICE std::uint32_t permuted_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t places) {
   return __byte_perm(low, high, places);
 }
-PARAMDELTA_DEVICE double double_of_upper(std::uint32_t upper) {
-  return __hiloint2double(static_cast<int>(upper), 0);
-}
+PARAMDELTA_DEVICE double double_of_upper(std::uint32_t upper) { return __hiloint2double(static_cast<int>(upper), 0); }
 
 // a · b + c, rounded once.
 PARAMDELTA_DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -28,10 +26,10 @@ PARAMDELTA_DEVICE float larger_magnitude(float a, float b) { return fmaxf(a, fab
 // Copies to shared memory that go on by themselves; zeros instead where `is` is false. A thread starts some, ends the
 // group, and waits until at most `later` groups (0 or 1) that it ended are under way.
 PARAMDELTA_DEVICE void copy_sixteen(Sixteen* to, const unsigned char* from, bool is) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<std::uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(is ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(is ? 16 : 0)
+      : "memory");
 }
 PARAMDELTA_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 PARAMDELTA_DEVICE void await_copies(std::uint32_t later) {
@@ -72,9 +70,7 @@ inline std::uint32_t permuted_bytes(std::uint32_t low, std::uint32_t high, std::
     result |= static_cast<std::uint32_t>(both >> (8 * (places >> (4 * i) & 7u)) & 0xFFu) << (8 * i);
   return result;
 }
-inline double double_of_upper(std::uint32_t upper) {
-  return bits_as<double>(static_cast<std::uint64_t>(upper) << 32);
-}
+inline double double_of_upper(std::uint32_t upper) { return bits_as<double>(static_cast<std::uint64_t>(upper) << 32); }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float larger_magnitude(float a, float b) { return std::fabs(b) > a ? std::fabs(b) : a; }

@@ -60,8 +60,9 @@ bool suits_blocks(const Matrix& matrix) {
   const auto divides = [](std::uint32_t unit, std::uint32_t phase) {
     return unit == 0 || (unit % kSide == 0 && phase % kSide == 0);
   };
-  return matrix.data != nullptr && matrix.codec == Codec::f8_e4m3 && s.data != nullptr && divides(s.rows, s.row_phase) &&
-         divides(s.cols, s.col_phase) && is_aligned(matrix.data, 16) && matrix.pitch % 16 == 0;
+  return matrix.data != nullptr && matrix.codec == Codec::f8_e4m3 && s.data != nullptr &&
+         divides(s.rows, s.row_phase) && divides(s.cols, s.col_phase) && is_aligned(matrix.data, 16) &&
+         matrix.pitch % 16 == 0;
 }
 
 // Whether a merge is BlocksKernel's.
@@ -82,6 +83,8 @@ void launch_blocks(BlocksParams& params, int device, Stream stream) {
                      ? kMostTilesAhead
                      : 1;
   params.stride = least(params.tiles, static_cast<std::uint32_t>(on.count * Kernel::kBlocksPerProcessor));
+  params.stride_down = params.stride / params.scaled.tiles_across;
+  params.stride_across = params.stride % params.scaled.tiles_across;
   launch<Kernel>(params.stride, Kernel::shared_bytes(params.ahead), params, stream);
 }
 
