@@ -1,8 +1,8 @@
 """Machine code of kernels, read: instructions from nvcc and nvdisasm, basic blocks, and the path of the ordinary case.
 
-No GPU takes part. Which way a branch goes cannot be read from code, so the *ordinary path* is a definition: from entry to
-exit, with as few calls and global atomic operations as possible (what is rare is out of line), then with the most bytes
-moved by wide accesses, then with the most instructions. What it says is therefore rather too much than too little.
+No GPU takes part. Which way a branch goes cannot be read from code, so the *ordinary path* is a definition: from entry
+to exit, with as few calls and global atomic operations as possible (what is rare is out of line), then with the most
+bytes moved by wide accesses, then with the most instructions. So it is rather too long than too short.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def why_not() -> str | None:
     return f"there is no {' and no '.join(missing)} in CUDA_HOME/bin or on PATH (Triton brings nvdisasm, too)"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def functions(source: str, target: int) -> dict[str, Function]:
     """Compile a file of csrc/cuda for one architecture, and return its kernels by their mangled names."""
     nvcc, nvdisasm = find("nvcc"), find("nvdisasm")
@@ -136,7 +136,6 @@ def _blocks(lines: Sequence[str]) -> list[Block]:
             places[label[1]] = len(instructions)
         elif match := _INSTRUCTION.match(line):
             instructions.append(Instruction(int(match[1], 16), match[2] or "", match[3], match[4]))
-    # What is called lies behind the kernel itself, which ends with the last EXIT or BRA to itself before a label of it.
     starts = {0, *places.values()}
     for i, instruction in enumerate(instructions):
         if instruction.name in ("BRA", "BRX", "EXIT", "RET"):

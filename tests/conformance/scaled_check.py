@@ -213,7 +213,7 @@ def check(
 ) -> Ran:
     """Merge with the kernels and compare with the reference: codes, scales, counts, touched, amax.
 
-    ``gaps``: bytes between rows of new_base, post and the output. With multiples of 16 lanes for aligned rows are taken.
+    ``gaps``: bytes between rows of new_base, post and the output. Multiples of 16 suit the lanes for aligned rows.
     """
     memory = Memory(new_base, gap=_gap(kernels, gaps[0]))
     pairs = [(Memory(t.post, gap=_gap(kernels, gaps[1])), Memory(t.base), t.alpha) for t in terms]

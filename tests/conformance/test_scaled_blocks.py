@@ -9,15 +9,15 @@ from scaled_check import Kind, Ran, check, output_id, outputs, stored
 from paramdelta.formats import RECIPES
 from paramdelta.reference_scaled import Output, Scaled, ScaledTerm
 
-BLOCKS = [
-    o for o in outputs() if o.recipe is not None and o.codec == "f8_e4m3" and o.rows == 128 and o.cols == 128
-]
+BLOCKS = [o for o in outputs() if o.recipe is not None and o.codec == "f8_e4m3" and o.rows == 128 and o.cols == 128]
 DEEPGEMM = Output("f8_e4m3", RECIPES["deepgemm"], 128, 128, "f32")
 POWERS = Output("f8_e4m3", RECIPES["deepgemm-ue8m0"], 128, 128, "f32")
 GAPS = (16, 32, 48)
 
 
-def matrix(rng: np.random.Generator, shape: tuple[int, int], scales: np.ndarray, codes: np.ndarray | None = None) -> Scaled:
+def matrix(
+    rng: np.random.Generator, shape: tuple[int, int], scales: np.ndarray, codes: np.ndarray | None = None
+) -> Scaled:
     """Return random codes but NaN, with these scales for blocks."""
     if codes is None:
         codes = rng.integers(0, 127, shape, np.uint8) | (rng.integers(0, 2, shape, np.uint8) << 7)
