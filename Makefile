@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 FUZZ_SECONDS ?= 600
-# Tests start processes and wait for them: more than there are cores.
+# Tests start processes and wait for them: more than there are cores. Each worker takes tests that follow each other,
+# which share fixtures, and what is left of another's when it has done its own.
 TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n + (n + 1) / 2)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -29,7 +30,7 @@ demo: $(VENV)/.package  ## Write three small checkpoints, merge them, verify the
 	$(BIN)/paramdelta demo --overwrite demo
 
 test: $(VENV)/.tools  ## Run the whole test suite
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-mergekit: $(VENV)/.tools build/mergekit/venv/.ready  ## Run the tests of the merge method in a real mergekit
 	PARAMDELTA_MERGEKIT=$(CURDIR)/build/mergekit/venv/bin/mergekit-yaml \

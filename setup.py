@@ -3,10 +3,13 @@
 One build of _cpu serves every instruction set (chosen at run time).
 """
 
+import hashlib
 import os
 import sys
+import sysconfig
 from glob import glob
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
@@ -39,8 +42,31 @@ if SANITIZE:
     ]
 LINK_FLAGS = ["-pthread"] + ([f"-fsanitize={SANITIZE}"] if SANITIZE else [])
 
-# Files compile side by side; a change of any source or header rebuilds them all (`depends` below).
-ParallelCompile("PARAMDELTA_BUILD_JOBS", default=0).install()
+HEADERS = glob("csrc/**/*.hpp", recursive=True)
+
+
+def stale(made: str, source: str) -> bool:
+    """Return whether an object has to be compiled: it is not there, or older than its source, a header or this file."""
+    read = (source, __file__, *HEADERS)
+    return not os.path.exists(made) or os.path.getmtime(made) <= max(map(os.path.getmtime, read))
+
+
+# Files compile side by side.
+ParallelCompile("PARAMDELTA_BUILD_JOBS", default=0, needs_recompile=stale).install()
+
+
+class Build(setup_cuda.Build):
+    """Keeps objects in build/, also when pip builds in a folder of its own: an editable installation and a wheel, which
+    differ in how they are linked, share them. What else tells objects apart is in the folder's name."""
+
+    def finalize_options(self) -> None:
+        """Choose the folder of objects, unless one was given."""
+        if self.build_temp is None:
+            asked = [os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS")]
+            told = [*FLAGS, *asked, sysconfig.get_config_var("EXT_SUFFIX"), pybind11.__version__]
+            self.build_temp = f"build/objects-{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+        super().finalize_options()
+
 
 # The parts of the module in csrc/python, by name: bind_cuda.cpp beside them belongs to another module.
 PARTS = [
@@ -52,7 +78,7 @@ MODULES = [
         "paramdelta._cpu",
         sorted(glob("csrc/cpu/*.cpp") + glob("csrc/io/*.cpp") + PARTS),
         include_dirs=["csrc"],
-        depends=glob("csrc/**/*.hpp", recursive=True),
+        depends=HEADERS,
         extra_compile_args=FLAGS,
         extra_link_args=LINK_FLAGS,
         cxx_std=17,
@@ -61,4 +87,4 @@ MODULES = [
 if not SANITIZE and setup_cuda.wanted():
     MODULES.append(setup_cuda.extension(FLAGS))
 
-setup(ext_modules=MODULES, cmdclass={"build_ext": setup_cuda.Build})
+setup(ext_modules=MODULES, cmdclass={"build_ext": Build})

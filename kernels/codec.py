@@ -34,6 +34,7 @@ FORMATS = {
     "f16": Format(16, 10, 112, 0x7BFF, 0x7C00, 0x7E00),
     "f32": Format(32, 23, 0, 0x7F7FFFFF, 0x7F800000, 0x7FC00000),
     "f8_e4m3": Format(8, 3, 120, 0x7E, 0x7E, 0x7F),
+    "f8_e5m2": Format(8, 2, 112, 0x7B, 0x7C, 0x7E),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 
@@ -15,6 +16,13 @@ from paramdelta.kernels.codec import FORMATS
 BLOCK = 1024
 WARPS = 4
 _INF = 0x7FF0000000000000
+# Words of a table in the arguments of one launch: 1 KiB of the 4 that there may be.
+WRITTEN = 128
+
+
+def interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, on CPU memory."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def alpha_bits(alpha: float) -> int:
@@ -101,3 +109,21 @@ def merge_each(
 def alignment(format: str, *addresses: int) -> int:
     """Return what all addresses are multiples of: 16 bytes, or else an element. Each is compiled apart."""
     return 16 if not any(address % 16 for address in addresses) else FORMATS[format].bits // 8
+
+
+def word(value: int) -> int:
+    """Return a number from 0 to 2^61 − 1 as an argument of `plain.write`.
+
+    Triton compiles a kernel anew for arguments that are 1, are multiples of 16, or fit 32 bits: these never are.
+    """
+    return value << 1 | 1 | 1 << 62
+
+
+def write(table: int, words: NDArray[np.int64]) -> None:
+    """Launch what writes a table, whose size is a multiple of WRITTEN, to an address in the device's memory.
+
+    The table is in the arguments of launches, which a CUDA graph keeps; host memory it would read again.
+    """
+    for first in range(0, words.size, WRITTEN):
+        values = tuple(word(value) for value in words[first : first + WRITTEN].tolist())
+        plain.write[(1,)](table, first, values, COUNT=WRITTEN, num_warps=1)

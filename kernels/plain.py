@@ -53,9 +53,9 @@ def store(out, offset, mask, new_base, acc, touched, counts, FORMAT: tl.constexp
     special = (code & ((1 << (of(FORMAT, "bits") - 1)) - 1)) > of(FORMAT, "largest")
     if tl.max(special.to(tl.int32), 0) > 0:
         to = counts.to(tl.pointer_type(tl.int64))
-        tl.atomic_add(to, tl.sum((acc != acc).to(tl.int64), 0))
-        tl.atomic_add(to + 1, tl.sum((tl.abs(acc) == float("inf")).to(tl.int64), 0))
-        tl.atomic_add(to + 2, tl.sum((special & (tl.abs(acc) < float("inf"))).to(tl.int64), 0))
+        tl.atomic_add(to, tl.sum((acc != acc).to(tl.int64), 0), sem="relaxed")
+        tl.atomic_add(to + 1, tl.sum((tl.abs(acc) == float("inf")).to(tl.int64), 0), sem="relaxed")
+        tl.atomic_add(to + 2, tl.sum((special & (tl.abs(acc) < float("inf"))).to(tl.int64), 0), sem="relaxed")
 
 
 @triton.jit
@@ -130,3 +130,11 @@ def merge_each(table: tl.int64, chunks: tl.int64, alphas, TERMS: tl.constexpr, F
     start = (program - tl.load(row + 1)) * BLOCK
     count, counts = tl.load(row), tl.load(row + 2)
     merge_chunks(row + 3, alphas, counts, start, count, (), (), TERMS, FORMAT, 0, ALIGN, True, BLOCK)
+
+
+@triton.jit
+def write(to: tl.int64, first: tl.int64, words, COUNT: tl.constexpr):
+    """Write COUNT words of 64 bits, which are arguments as `launch.word` makes them, to `to` from word `first` on."""
+    at = to.to(tl.pointer_type(tl.int64)) + first
+    for k in tl.static_range(COUNT):
+        tl.store(at + k, (words[k] & 0x3FFFFFFFFFFFFFFF) >> 1)

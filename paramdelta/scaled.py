@@ -206,7 +206,7 @@ def merge_scaled(
     job: dict[str, Any] = {"new_base": first.tuple, "rows": rows, "cols": cols}
     job["terms"] = [(post.tuple, base.tuple, alpha) for post, base, alpha in terms]
     places: dict[str, Any] = {}  # of the outputs
-    scales = None
+    scales, form = None, None
     if recipe is None:
         plain = parse_dtype("dtype", dtype)
         job["out_dtype"] = plain.code
@@ -234,11 +234,27 @@ def merge_scaled(
             scale_bits, scales = allocate(first, form.shape(rows, cols), kind)
             places["out_scales"] = (address(scale_bits), scale_bits.shape[1])
     places["out"] = (address(bits), bits.strides[0])
-    backend = backends.choose("merge_scaled", device=first.device_type)
+    operands = [first, *(plane for post, base, _ in terms for plane in (post, base))]
+    wanted = _matrices(operands, recipe, form, dtype)
+    backend = backends.choose("merge_scaled", device=first.device_type, matrices=wanted)
     if backend != "cpu":
         return PendingResult(codes, scales, _enqueue(backends.get(backend), first, job, places))
     nan, inf, overflow, touched, amax, error, value = cpu.merge_scaled(**job, **places, isa=isa, threads=threads)
     return Result(codes, scales, Counts(nan, inf, overflow), touched, amax, _lost(error, value))
+
+
+def _matrices(operands: Sequence[Plane], recipe: Recipe | None, form: Grid | None, dtype: Any) -> backends.Matrices:
+    """Return what a merge is made of, for the registry's choice."""
+    grids = [plane.grid for plane in operands if plane.grid is not None and plane.tuple[3] is not None]
+    outputs = recipe.codec if recipe is not None else parse_dtype("dtype", dtype).name
+    return backends.Matrices(
+        codes=frozenset(CODECS[plane.tuple[1]] for plane in operands),
+        scales=frozenset(grid.scale for grid in grids),
+        outputs=frozenset((outputs,)),
+        output_scales=frozenset(() if form is None else (form.scale,)),
+        rules=frozenset(() if recipe is None else (recipe.rule,)),
+        seconds=any(grid.second for grid in grids),
+    )
 
 
 def _enqueue(backend: Any, first: Plane, job: dict[str, Any], places: dict[str, Any]) -> Any:

@@ -16,7 +16,8 @@ from cubins import kernels
 from paramdelta import backends
 
 TARGETS = {80, 90, 100, 120}
-# DType 0, 1 and 2 are bf16, f16 and f32; 0 and 1 of the scaled ones: any codec, or f8_e4m3 throughout.
+# DType 0, 1 and 2 are bf16, f16 and f32; 0 and 1 of the scaled ones: any codec, or f8_e4m3 throughout; of blocks: any
+# alpha, or a power of two.
 KERNELS = {
     "MergeKernel ThreeWay 0",
     "MergeKernel ThreeWay 1",
@@ -32,6 +33,8 @@ KERNELS = {
     "UnitsKernel 1",
     "TilesKernel 0",
     "TilesKernel 1",
+    "BlocksKernel 0",
+    "BlocksKernel 1",
     "ChooseKernel",
 }
 
@@ -67,17 +70,29 @@ def test_every_kernel_for_every_target(built: Path) -> None:
         assert {plain(name) for name in names} == KERNELS, f"sm_{target}"
 
 
+def operations(code: bytes) -> set[bytes]:
+    """Return the arithmetic of PTX on binary32 and binary64."""
+    return set(re.findall(rb"(?<![.\w])(?:fma|mad|div|sqrt|add|sub|mul)\.[a-z.0-9]*f(?:32|64)\b", code))
+
+
 def test_no_fused_multiply_add(built: Path) -> None:
-    """In the PTX of the last target. Division is correctly rounded, whatever its instructions are."""
+    """In the PTX of the last target. Division is correctly rounded, whatever its instructions are.
+
+    The kernel for blocks says where it fuses: products that are exact, in binary64; sums for a report, in binary32.
+    """
     entries = re.findall(rb"\.version .*?\0", built.read_bytes(), re.DOTALL)
-    code = b"\n".join(entries)
-    assert code.count(b".visible .entry") == len(KERNELS)
-    assert b"mul.rn.f64" in code
-    assert b"add.rn.f64" in code
-    operations = set(re.findall(rb"(?<![.\w])(?:fma|mad|div|sqrt|add|sub|mul)\.[a-z.0-9]*f(?:32|64)\b", code))
-    assert operations <= {
-        f"{name}.rn.{kind}".encode() for name in ("add", "sub", "mul", "div") for kind in ("f32", "f64")
-    }, operations
+    kernels_of = [entry for code in entries for entry in re.split(rb"(?=\.visible \.entry)", code)[1:]]
+    assert len(kernels_of) == len(KERNELS)
+    apart = {f"{name}.rn.{kind}".encode() for name in ("add", "sub", "mul", "div") for kind in ("f32", "f64")}
+    fused = [code for code in kernels_of if b"BlocksKernel" in code.split(b"(", 1)[0]]
+    assert len(fused) == 2
+    for code in fused:
+        assert operations(code) <= apart | {b"fma.rn.f64", b"fma.rn.f32"}
+    rest = b"\n".join(code for code in kernels_of if code not in fused)
+    rest += b"\n".join(code.split(b".visible .entry", 1)[0] for code in entries)
+    assert b"mul.rn.f64" in rest
+    assert b"add.rn.f64" in rest
+    assert operations(rest) <= apart, operations(rest)
 
 
 def test_importing_needs_no_driver(built: Path) -> None:

@@ -248,3 +248,21 @@ def test_interrupted_and_shared_extractions(
     assert digests(tmp_path / "out") == digests(tmp_path / "whole") == digests(tmp_path / "shared")
     paramdelta.apply(new_base=sources[0]["new_base"], deltas=tmp_path / "out", out=tmp_path / "alone")
     assert digests(tmp_path / "alone") == digests(tmp_path / "applied")
+
+
+def test_arguments_that_cannot_be_are_refused(sources: list[Folders], tmp_path: Path) -> None:
+    pair = {role: sources[0][role] for role in ("post", "base")}
+    with pytest.raises(InputError, match=r"--dtype.*expected one of .*bf16.*got.*bf17"):
+        paramdelta.extract(**pair, out=tmp_path / "d", dtype="bf17")
+    given = {"new_base": sources[0]["new_base"], "out": tmp_path / "a"}
+    with pytest.raises(InputError, match=r"beside deltas are one too many\s.*give `alphas` rules"):
+        paramdelta.apply(deltas={tmp_path / "d": 0.5}, alpha={"*": 0.5}, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_of_activations_are_those_of_new_base_unless_told(tmp_path: Path) -> None:
+    """A delta has none. What makes post again takes nothing of new_base's."""
+    given = {"new_base": tmp_path, "deltas": tmp_path, "out": tmp_path / "out"}
+    assert deltas.apply_request(**given).activation_scales == "new-base"
+    assert deltas.apply_request(**given, activation_scales="drop").activation_scales == "drop"
+    assert deltas.apply_request(**given, rebuild=True).activation_scales == "post"

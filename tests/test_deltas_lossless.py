@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 import paramdelta
 from paramdelta import deltas, gathering, merging, publish
 from paramdelta.errors import InputError, StorageError
+from paramdelta.plan import lossless
 from paramdelta.plan.lossless import POSITIONS, REBUILD, WHOLE
 from paramdelta.ranks import Rank
 
@@ -87,7 +88,12 @@ def test_post_is_made_again(odd: Folders, tmp_path: Path) -> None:
         assert kept.get_tensor(f"{POSITIONS}odd.weight").tolist() == [0, 1, 2]
     whole = {"ids", "none", "zeros.weight", "wide.weight"}
     assert {n for n in names if n.startswith(WHOLE)} == {WHOLE + name for name in whole}
-    assert report.policies["lossless"]["single_elements"] >= 3
+    assert {n for n in names if n.startswith(POSITIONS)} == {f"{POSITIONS}odd.weight"}
+    told = report.policies["lossless"]
+    kinds = [tensor["dtype"] for tensor in headers_of(tmp_path / "d" / "model.safetensors").values()]
+    assert (told["f32"], told["f64"]) == (kinds.count("F32"), kinds.count("F64"))
+    assert told["single_elements"] == 3
+    assert told["whole"] == len(whole)
     again = paramdelta.apply(
         new_base=odd["base"], deltas=tmp_path / "d", out=tmp_path / "again", rebuild=True, allow_nonfinite=True
     )
@@ -99,6 +105,41 @@ def test_post_is_made_again(odd: Folders, tmp_path: Path) -> None:
         paramdelta.verify(tmp_path / "again", **sources)
     assert paramdelta.verify(tmp_path / "d").problems == ()
     assert paramdelta.verify(tmp_path / "d", **pair_of(odd), everything=True).problems == ()
+
+
+def test_how_much_is_looked_at_once_leaves_no_trace(
+    odd: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"lossless": True, "allow_nonfinite": True}
+    whole = paramdelta.extract(**pair_of(odd), out=tmp_path / "whole", **options)
+    monkeypatch.setattr(lossless, "_CHUNK", 1000)
+    parts = paramdelta.extract(**pair_of(odd), out=tmp_path / "parts", **options)
+    assert digests(tmp_path / "parts")[REBUILD] == digests(tmp_path / "whole")[REBUILD]
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert parts.policies["lossless"] == whole.policies["lossless"]
+
+
+@pytest.mark.parametrize(
+    "positions", [[-1, 0, 1], [1, 0, 2], [0, 0, 1], [0, 1, 4096]], ids=["below", "falling", "twice", "beyond"]
+)
+def test_positions_that_cannot_be_are_refused(odd: Folders, positions: list[int], tmp_path: Path) -> None:
+    """Those of single elements, in a file that somebody changed."""
+    out = tmp_path / "d"
+    paramdelta.extract(**pair_of(odd), out=out, lossless=True, allow_nonfinite=True)
+    kept = (out / REBUILD).read_bytes()
+    there = struct.pack("<3q", 0, 1, 2)
+    assert kept.count(there) == 1
+    (out / REBUILD).write_bytes(kept.replace(there, struct.pack("<3q", *positions)))
+    with pytest.raises(InputError, match=r"odd\.weight"):
+        paramdelta.apply(new_base=odd["base"], deltas=out, out=tmp_path / "again", rebuild=True, allow_nonfinite=True)
+    assert not (tmp_path / "again").exists()
+
+
+def headers_of(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        found = json.loads(opened.read(length))
+    return {name: entry for name, entry in found.items() if name != "__metadata__"}
 
 
 def test_what_is_kept_beside_the_delta_is_verified(odd: Folders, tmp_path: Path) -> None:

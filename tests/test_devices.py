@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def rates(**changed: float) -> Rates:
 def test_the_processor_reads_then_merges_what_is_in_memory() -> None:
     assert on_processor(rates(), 120 * GB) == (120 / 40 + 120 / 60, "memory")
     assert on_processor(rates(merge=20), 120 * GB) == (120 / 40 + 120 / 20, "merging")
+    assert on_processor(rates(merge=40), 120 * GB) == (6.0, "memory")
 
 
 def test_while_storage_is_waited_for_others_merge() -> None:
@@ -54,6 +56,34 @@ def test_the_lesser_estimate_wins_and_says_why() -> None:
     assert "bound by storage" in slow.why
 
 
+def test_a_gpu_has_to_save_a_tenth() -> None:
+    assert (
+        decide(rates(read=60, merge=15, up=60, setup=7), 120 * GB, 40 * GB, "cuda:0").device == "cpu"
+    )  # 9 s against 10 s
+    assert decide(rates(read=60, merge=15, up=60, setup=6.99), 120 * GB, 40 * GB, "cuda:0").device == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    ("reason", "why"), [(None, "estimated "), ("the driver is too old", "no GPU can be used: the driver is too old")]
+)
+def test_rates_decide_where_there_is_a_gpu(
+    reason: str | None, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is measured to be stands for it here; what it takes to begin is longer than such a small merge."""
+    monkeypatch.setattr(devices, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(devices, "measure", lambda options, work: rates())
+    monkeypatch.setattr(backends, "why_not", lambda name: reason)
+    chosen = devices.resolved(engine.EngineOptions(device="auto"), sample(tmp_path).build())
+    assert chosen.device == "cpu"
+    assert chosen.device_why.startswith(why)
+
+
+def test_reading_is_measured_on_files_alone(tmp_path: Path) -> None:
+    work = sample(tmp_path).build()
+    beside = replace(work, inputs=(*work.inputs, bytes(1 << 20)))
+    assert devices.read_rate(engine.EngineOptions(), beside) > 1e6
+
+
 def test_rates_are_measured_on_the_inputs(tmp_path: Path) -> None:
     work = sample(tmp_path).build()
     assert devices.read_rate(engine.EngineOptions(), work) > 1e6
@@ -63,6 +93,7 @@ def test_rates_are_measured_on_the_inputs(tmp_path: Path) -> None:
 def test_what_is_asked_for_is_taken(tmp_path: Path) -> None:
     work = sample(tmp_path).build()
     assert devices.resolved(engine.EngineOptions(), work).stage is None
+    assert devices.resolved(None, work) == engine.EngineOptions()
     chosen = devices.resolved(engine.EngineOptions(device="auto"), work)
     assert (chosen.stage, chosen.device) == (None, "cpu")
     assert chosen.device_why.startswith("a merge that reads 0.00 GB is done before")

@@ -148,12 +148,17 @@ def scaled(kernels: str) -> int:
     for output in outputs:
         post, base, new_base = scaled_check.weights(rng, (140, 200), (blocks,) * 3, 0.5)
         scaled_check.check(new_base, [term(post, base)], output, kernels=kernels)
+    # Rows on multiples of 16 bytes have a lane of their own, for any alpha and for powers of two.
+    target = next(o for o in outputs if o.recipe is not None and (o.rows, o.cols) == (128, 128))
+    post, base, new_base = scaled_check.weights(rng, (140, 208), (blocks,) * 3, 0.5)
+    for alpha in (1.0, 0.7):
+        scaled_check.check(new_base, [term(post, base, alpha)], target, kernels=kernels, gaps=(16, 32, 48))
     # A unit of more than 16384 elements takes other kernels: two passes, and scales chosen between them.
     target = next(o for o in outputs if o.recipe is not None and (o.rows, o.cols) == (0, 0))
     for kind in (*scaled_check.KINDS, blocks):
         post, base, new_base = scaled_check.weights(rng, (133, 261), (kind,) * 3, 0.5)
         scaled_check.check(new_base, [term(post, base, 0.7)], target, kernels=kernels)
-    return len(outputs) + len(scaled_check.KINDS) + 1
+    return len(outputs) + len(scaled_check.KINDS) + 3
 
 
 def stage() -> None:

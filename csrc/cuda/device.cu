@@ -58,6 +58,14 @@ std::vector<Device> devices() {
   return found;
 }
 
+Processors processors(int device) {
+  int count = 0, bytes = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "counting processors");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+        "asking for a processor's memory");
+  return {count, static_cast<std::size_t>(bytes)};
+}
+
 bool on_host() { return false; }
 
 OnDevice::OnDevice(int device) {
@@ -82,6 +90,8 @@ namespace paramdelta::cuda {
 void check(int, const char*) {}
 std::string why_not() { return ""; }
 std::vector<Device> devices() { return {}; }
+// Few, so that each has several tiles to do.
+Processors processors(int) { return {1, 228 * 1024}; }
 bool on_host() { return true; }
 OnDevice::OnDevice(int) {}
 OnDevice::~OnDevice() {}

@@ -30,6 +30,13 @@ struct Device {
   std::size_t shared_bytes = 0;  // that a block may have
 };
 
+// How many processors a device has, and the shared memory of each, without asking for anything else.
+struct Processors {
+  int count = 0;
+  std::size_t shared_bytes = 0;
+};
+Processors processors(int device);
+
 // Empty where a device can be used; else why not, in the runtime's words.
 std::string why_not();
 

@@ -1,12 +1,13 @@
 // How kernels are written: once, as functions of a block, compiled by nvcc for the GPU and by any C++ compiler for the
 // host, where tests run the same bodies. A body is a sequence of phases; what all threads do in a phase is handed to
 // Block::each, which ends with a barrier. What threads share lies in Block::shared or in memory, and they change it
-// with the atomic operations below. Only this file differs between the two.
+// with the atomic operations below. Only this file and operations.hpp differ between the two.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/codec.hpp"
 #include "cuda/device.hpp"
@@ -42,8 +43,13 @@ struct Block {
   // f(thread) for every thread, then a barrier.
   template <class F>
   PARAMDELTA_DEVICE void each(F f) {
-    f(static_cast<int>(threadIdx.x));
+    spread(f);
     __syncthreads();
+  }
+  // The same without a barrier: the next phase must not touch what this one does, but for what is a thread's own.
+  template <class F>
+  PARAMDELTA_DEVICE void spread(F f) {
+    f(static_cast<int>(threadIdx.x));
   }
 };
 
@@ -72,8 +78,19 @@ PARAMDELTA_DEVICE void store_sixteen(void* to, const Sixteen& v) {
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
+// How many blocks of a kernel a processor is to have room for, which bounds a thread's registers: where it says so.
+template <class Kernel, class = void>
+struct BlocksPerProcessor {
+  static constexpr int value = 1;
+};
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ typename Kernel::Params params) {
+struct BlocksPerProcessor<Kernel, std::void_t<decltype(Kernel::kBlocksPerProcessor)>> {
+  static constexpr int value = Kernel::kBlocksPerProcessor;
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, BlocksPerProcessor<Kernel>::value)
+    run(const __grid_constant__ typename Kernel::Params params) {
   Block block{blockIdx.x, shared_memory, Kernel::kThreads};
   Kernel::block(block, params);
 }
@@ -105,6 +122,10 @@ struct Block {
   void each(F f) {
     const bool forwards = phase++ % 2 == 0;
     for (int i = 0; i < threads; ++i) f(forwards ? i : threads - 1 - i);
+  }
+  template <class F>
+  void spread(F f) {
+    each(f);
   }
 };
 

@@ -5,6 +5,12 @@
 namespace paramdelta::cuda {
 namespace {
 
+bool is_wide(const TensorAddresses& tensor) {
+  bool wide = tensor.new_base != 0 && tensor.new_base % 16 == 0 && tensor.out % 16 == 0;
+  for (const std::uintptr_t address : tensor.pairs) wide = wide && address != 0 && address % 16 == 0;
+  return wide;
+}
+
 template <class Lane>
 void merge_with(const Signature& signature, const std::vector<TensorAddresses>& tensors, Stream stream) {
   using Kernel = MergeKernel<Lane>;
@@ -14,6 +20,7 @@ void merge_with(const Signature& signature, const std::vector<TensorAddresses>& 
   batch.n_terms = static_cast<std::uint32_t>(n_terms);
   batch.new_base = signature.new_base;
   batch.out = signature.out;
+  batch.wide = true;
   std::uint64_t* word = batch.words;
   for (const TermTypes& term : signature.terms) {
     *word++ = bits_as<std::uint64_t>(term.alpha);
@@ -24,6 +31,7 @@ void merge_with(const Signature& signature, const std::vector<TensorAddresses>& 
   const auto flush = [&] {
     launch<Kernel>(blocks, 0, batch, stream);
     batch.n_tensors = 0;
+    batch.wide = true;
     word = first_word;
     blocks = 0;
   };
@@ -37,6 +45,7 @@ void merge_with(const Signature& signature, const std::vector<TensorAddresses>& 
     *word++ = tensor.out;
     *word++ = tensor.counts;
     for (const std::uintptr_t address : tensor.pairs) *word++ = address;
+    batch.wide = batch.wide && is_wide(tensor);
     ++batch.n_tensors;
     blocks += wanted;
   }

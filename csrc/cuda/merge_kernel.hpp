@@ -19,6 +19,7 @@ struct Batch {
 
   std::uint32_t n_tensors = 0, n_terms = 0;
   DType new_base = DType::f32, out = DType::f32;
+  bool wide = false;  // every address is a multiple of 16, the outputs' too, and none stands for zeros
   std::uint64_t words[kWords];
 };
 
@@ -95,31 +96,41 @@ PARAMDELTA_DEVICE_CALL void merge_literally(const Batch& batch, const std::uint6
   add_counts(counts, view.counts());
 }
 
-// out = new_base + (post − base) for bf16 and f16 in binary32. z = (base − post) + 0 is never −0, so that new_base − z
-// keeps new_base's −0. That this is the contract unless `ordinary` comes out false is proved in csrc/cpu/fast-inl.hpp:
-// z must be exact (Fast2Sum, either way round), and the sum s exact where it lies in the middle of two codes.
+// s = new_base + (post − base) for bf16 and f16 in binary32. z = (base − post) + 0 is never −0, so that new_base − z
+// keeps new_base's −0. That s rounds to the contract's code unless `doubts` has other bits than the sign's, or
+// `largest` reaches `limit`, is proved in csrc/cpu/fast-inl.hpp: z must be exact (Fast2Sum, either way round), and s
+// exact where it lies in the middle of two codes. Bits that should agree are compared by exclusive or, all but the
+// sign: one operation for each test, and none for each element that is as it should be.
 template <DType D>
-PARAMDELTA_DEVICE typename Format<D>::Code merge_three(typename Format<D>::Code post, typename Format<D>::Code base,
-                                                       typename Format<D>::Code new_base, bool& ordinary) {
-  constexpr int shift = 23 - Format<D>::mantissa;
-  // The largest magnitude that does not round to Inf; NaN and Inf lie above it.
-  constexpr std::uint32_t limit = D == DType::bf16 ? 0x7F7F8000u : 0x477FF000u;
-  const float p = widen_float<D>(post), b = widen_float<D>(base), x = widen_float<D>(new_base);
-  const float z = (b - p) + 0.0f;
-  const float s = x - z;
-  const std::uint32_t bits = bits_as<std::uint32_t>(s);
-  const bool exact_delta = p + z == b && b - z == p;
-  const bool tie = (bits & ((1u << shift) - 1)) == 1u << (shift - 1);
-  const bool exact_sum = x - s == z && s + z == x;
-  ordinary = exact_delta && (!tie || exact_sum) && (bits & 0x7FFFFFFFu) < limit;
-  return narrow_float<D>(s);
-}
+struct ThreeSum {
+  static constexpr int kDropped = 23 - Format<D>::mantissa;
+  // The smallest magnitude that rounds to Inf; NaN and Inf lie above it.
+  static constexpr std::uint32_t limit = D == DType::bf16 ? 0x7F7F8000u : 0x477FF000u;
+
+  std::uint32_t doubts = 0, largest = 0;
+
+  PARAMDELTA_DEVICE static std::uint32_t differ(float a, float b) {
+    return bits_as<std::uint32_t>(a) ^ bits_as<std::uint32_t>(b);
+  }
+  PARAMDELTA_DEVICE float of(float p, float b, float x) {
+    const float z = (b - p) + 0.0f;
+    const float s = x - z;
+    const std::uint32_t bits = bits_as<std::uint32_t>(s), magnitude = bits & 0x7FFFFFFFu;
+    doubts |= differ(p + z, b) | differ(b - z, p);
+    const std::uint32_t inexact = differ(x - s, z) | differ(s + z, x);
+    if ((bits & ((1u << kDropped) - 1)) == 1u << (kDropped - 1)) doubts |= inexact;
+    largest = magnitude > largest ? magnitude : largest;
+    return s;
+  }
+  PARAMDELTA_DEVICE bool is_ordinary() const { return (doubts & 0x7FFFFFFFu) == 0 && largest < limit; }
+};
 
 // Lane::merge(view, i, n) merges the `n` elements from `i` on, up to kVector.
 template <class Lane>
 struct MergeKernel {
   using Params = Batch;
   static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerProcessor = Lane::kBlocksPerProcessor;
   static constexpr int kVector = Lane::kVector;
   static constexpr std::uint64_t kBlock = std::uint64_t{kThreads} * kVector;
 
@@ -146,27 +157,10 @@ PARAMDELTA_DEVICE void load_vector(const void* data, std::uint64_t i, int n, typ
     to[k] = data != nullptr && k < n ? code_at<D>(from, static_cast<std::size_t>(k)) : 0;
 }
 
-// Of several arrays: where all of them allow the widest reads, these follow each other without a branch between them,
-// and all are under way at once.
-template <DType D, int kVector, int kArrays>
-PARAMDELTA_DEVICE void load_vectors(const void* const (&data)[kArrays], std::uint64_t i, int n,
-                                    typename Format<D>::Code (&to)[kArrays][kVector]) {
-  using Code = typename Format<D>::Code;
-  static_assert(kVector * sizeof(Code) == 16, "one read each");
-  bool whole = n == kVector;
-  PARAMDELTA_UNROLL
-  for (int a = 0; a < kArrays; ++a) whole = whole && data[a] != nullptr && is_aligned(data[a], 16);
-  if (whole) {
-    Sixteen bytes[kArrays];
-    PARAMDELTA_UNROLL
-    for (int a = 0; a < kArrays; ++a)
-      bytes[a] = load_sixteen(static_cast<const unsigned char*>(data[a]) + i * sizeof(Code));
-    PARAMDELTA_UNROLL
-    for (int a = 0; a < kArrays; ++a) std::memcpy(to[a], &bytes[a], 16);
-  } else {
-    PARAMDELTA_UNROLL
-    for (int a = 0; a < kArrays; ++a) load_vector<D, kVector>(data[a], i, n, to[a]);
-  }
+// The same of a whole vector at a multiple of 16 bytes: reads without a branch between them are under way together.
+template <DType D>
+PARAMDELTA_DEVICE Sixteen load_whole(const void* data, std::uint64_t i) {
+  return load_sixteen(static_cast<const unsigned char*>(data) + i * sizeof(typename Format<D>::Code));
 }
 
 // Writes `n` codes, but merges those literally that have a bit in `special`.
@@ -184,26 +178,13 @@ PARAMDELTA_DEVICE void store_vector(const typename Format<D>::Code* from, const 
       std::memcpy(to + static_cast<std::size_t>(k) * sizeof(Code), from + k, sizeof(Code));
 }
 
-// One term, alpha = 1, no operand of zeros, one dtype: bf16 or f16.
-template <DType D>
-struct ThreeWay {
-  static constexpr int kVector = 8;
-
-  PARAMDELTA_DEVICE static void merge(const TensorView& view, std::uint64_t i, int n) {
-    using Code = typename Format<D>::Code;
-    alignas(16) Code in[3][kVector], out[kVector];
-    const void* const from[3] = {view.post(0).data, view.base(0).data, view.new_base().data};
-    load_vectors<D, kVector, 3>(from, i, n, in);
-    std::uint32_t special = 0;
-    PARAMDELTA_UNROLL
-    for (int k = 0; k < kVector; ++k) {
-      bool ordinary;
-      out[k] = merge_three<D>(in[0][k], in[1][k], in[2][k], ordinary);
-      special |= ordinary ? 0u : 1u << k;
-    }
-    store_vector<D, kVector>(out, view, i, n, special);
-  }
-};
+// The same of a whole vector at a multiple of 16 bytes.
+template <DType D, int kVector>
+PARAMDELTA_DEVICE void store_whole(const typename Format<D>::Code* from, const TensorView& view, std::uint64_t i,
+                                   std::uint32_t special) {
+  if (special != 0) return store_vector<D, kVector>(from, view, i, kVector, special);
+  store_codes<kVector>(from, view.out() + i * sizeof(typename Format<D>::Code));
+}
 
 // acc and the terms in binary64. A zero delta must not be added: acc may be −0. That a delta of NaN or Inf never yields
 // a finite acc is what makes looking at acc alone sufficient, and an ordinary acc that nothing touched has new_base's
@@ -215,38 +196,141 @@ PARAMDELTA_DEVICE void add_term(double& acc, double alpha, double post, double b
   acc = delta == 0.0 ? acc : sum;
 }
 
-// The codes of kVector binary64 to where elements from `i` on are.
+// The codes of kVector binary64; returns which are not ordinary.
 template <DType D, int kVector>
-PARAMDELTA_DEVICE void store_values_as(const double* acc, const TensorView& view, std::uint64_t i, int n) {
-  alignas(16) typename Format<D>::Code out[kVector];
+PARAMDELTA_DEVICE std::uint32_t narrow_all(const double* acc, typename Format<D>::Code* out) {
   std::uint32_t special = 0;
   PARAMDELTA_UNROLL
   for (int k = 0; k < kVector; ++k) {
     out[k] = narrow<D>(acc[k]);
     special |= is_ordinary<D>(acc[k]) ? 0u : 1u << k;
   }
+  return special;
+}
+
+// The same, to where elements from `i` on are.
+template <DType D, int kVector>
+PARAMDELTA_DEVICE void store_values_as(const double* acc, const TensorView& view, std::uint64_t i, int n) {
+  alignas(16) typename Format<D>::Code out[kVector];
+  const std::uint32_t special = narrow_all<D, kVector>(acc, out);
   store_vector<D, kVector>(out, view, i, n, special);
 }
 
 // Any terms, one dtype throughout: bf16, f16 or f32.
+//
+// acc − |alpha| · z, with z = base − post + 0 or, for alpha < 0, post − base + 0, is the contract's sum in every bit:
+// the same numbers with their signs turned twice. z is never −0, so a zero delta takes +0 away and leaves acc as it is,
+// −0 too, without a comparison.
 template <DType D>
 struct Uniform {
-  static constexpr int kVector = 16 / static_cast<int>(sizeof(typename Format<D>::Code));
+  using Code = typename Format<D>::Code;
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(Code));
+  static constexpr int kBlocksPerProcessor = 4;
+
+  // The operand that z starts from, and the one taken from it.
+  struct Pair {
+    const void *from, *less;
+    double weight;
+
+    PARAMDELTA_DEVICE Pair(const TensorView& view, std::uint32_t t) {
+      const double alpha = view.alpha(t);
+      const bool adds = alpha > 0.0;
+      from = adds ? view.base(t).data : view.post(t).data;
+      less = adds ? view.post(t).data : view.base(t).data;
+      weight = adds ? alpha : -alpha;
+    }
+  };
+
+  PARAMDELTA_DEVICE static void start(double* acc, const Code* codes) {
+    PARAMDELTA_UNROLL
+    for (int k = 0; k < kVector; ++k) acc[k] = widen<D>(codes[k]);
+  }
+  PARAMDELTA_DEVICE static void add(double* acc, double weight, const Code* from, const Code* less) {
+    PARAMDELTA_UNROLL
+    for (int k = 0; k < kVector; ++k) {
+      const double z = (widen<D>(from[k]) - widen<D>(less[k])) + 0.0;
+      const double product = weight * z;
+      acc[k] = acc[k] - product;
+    }
+  }
+
+  // Operands that are zeros or lie at any address, and the last elements.
+  PARAMDELTA_DEVICE_CALL static void merge_narrow(const Batch& batch, const std::uint64_t* words, std::uint64_t i,
+                                                  int n) {
+    const TensorView view{batch, words};
+    alignas(16) Code from[kVector], less[kVector];
+    double acc[kVector];
+    load_vector<D, kVector>(view.new_base().data, i, n, from);
+    start(acc, from);
+    PARAMDELTA_ROLLED
+    for (std::uint32_t t = 0; t < batch.n_terms; ++t) {
+      const Pair pair(view, t);
+      load_vector<D, kVector>(pair.from, i, n, from);
+      load_vector<D, kVector>(pair.less, i, n, less);
+      add(acc, pair.weight, from, less);
+    }
+    alignas(16) Code out[kVector];
+    const std::uint32_t special = narrow_all<D, kVector>(acc, out);
+    store_vector<D, kVector>(out, view, i, n, special);
+  }
+
+  PARAMDELTA_DEVICE static void merge(const TensorView& view, std::uint64_t i, int n) {
+    if (!view.batch.wide || n != kVector) return merge_narrow(view.batch, view.words, i, n);
+    const std::uint32_t n_terms = view.batch.n_terms;
+    alignas(16) Code from[kVector], less[kVector];
+    double acc[kVector], weight = 0.0;
+    // The reads of a term are under way while the one before it is added.
+    const Sixteen first = load_whole<D>(view.new_base().data, i);
+    Sixteen next_from{}, next_less{};
+    const auto read = [&](std::uint32_t t) {
+      const Pair pair(view, t);
+      next_from = load_whole<D>(pair.from, i);
+      next_less = load_whole<D>(pair.less, i);
+      weight = pair.weight;
+    };
+    if (n_terms != 0) read(0);
+    std::memcpy(from, &first, 16);
+    start(acc, from);
+    PARAMDELTA_ROLLED
+    for (std::uint32_t t = 0; t < n_terms; ++t) {
+      const double by = weight;
+      std::memcpy(from, &next_from, 16);
+      std::memcpy(less, &next_less, 16);
+      if (t + 1 < n_terms) read(t + 1);
+      add(acc, by, from, less);
+    }
+    alignas(16) Code out[kVector];
+    const std::uint32_t special = narrow_all<D, kVector>(acc, out);
+    store_whole<D, kVector>(out, view, i, special);
+  }
+};
+
+// One term, alpha = 1, no operand of zeros, one dtype: bf16 or f16.
+template <DType D>
+struct ThreeWay {
+  static constexpr int kVector = 8;
+  static constexpr int kBlocksPerProcessor = 4;
 
   PARAMDELTA_DEVICE static void merge(const TensorView& view, std::uint64_t i, int n) {
     using Code = typename Format<D>::Code;
-    alignas(16) Code first[1][kVector], pair[2][kVector];
-    double acc[kVector];
-    load_vectors<D, kVector, 1>({view.new_base().data}, i, n, first);
+    if (!view.batch.wide || n != kVector) return Uniform<D>::merge_narrow(view.batch, view.words, i, n);
+    alignas(16) Code post[kVector], base[kVector], new_base[kVector], out[kVector];
+    const Sixteen reads[3] = {load_whole<D>(view.post(0).data, i), load_whole<D>(view.base(0).data, i),
+                              load_whole<D>(view.new_base().data, i)};
+    std::memcpy(post, &reads[0], 16);
+    std::memcpy(base, &reads[1], 16);
+    std::memcpy(new_base, &reads[2], 16);
+    ThreeSum<D> sum;
     PARAMDELTA_UNROLL
-    for (int k = 0; k < kVector; ++k) acc[k] = widen<D>(first[0][k]);
-    for (std::uint32_t t = 0; t < view.batch.n_terms; ++t) {
-      load_vectors<D, kVector, 2>({view.post(t).data, view.base(t).data}, i, n, pair);
-      const double alpha = view.alpha(t);
+    for (int k = 0; k < kVector; k += 2) {
+      float s[2];
       PARAMDELTA_UNROLL
-      for (int k = 0; k < kVector; ++k) add_term(acc[k], alpha, widen<D>(pair[0][k]), widen<D>(pair[1][k]));
+      for (int j = k; j < k + 2; ++j)
+        s[j - k] = sum.of(widen_float<D>(post[j]), widen_float<D>(base[j]), widen_float<D>(new_base[j]));
+      narrow_two<D>(s, out + k);
     }
-    store_values_as<D, kVector>(acc, view, i, n);
+    // All of a thread's elements literally where one is not ordinary: weights have none.
+    store_whole<D, kVector>(out, view, i, sum.is_ordinary() ? 0u : (1u << kVector) - 1);
   }
 };
 
@@ -273,6 +357,7 @@ PARAMDELTA_DEVICE void read_values(const Operand& operand, std::uint64_t i, int 
 // Any mixture of dtypes.
 struct Mixed {
   static constexpr int kVector = 8;
+  static constexpr int kBlocksPerProcessor = 2;
 
   PARAMDELTA_DEVICE static void merge(const TensorView& view, std::uint64_t i, int n) {
     double acc[kVector];

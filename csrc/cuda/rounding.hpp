@@ -8,13 +8,19 @@
 namespace paramdelta::cuda {
 
 // What a code of a type shorter than binary32 stands for. Multiplying by a power of two puts the exponent right,
-// exactly, subnormals included; Inf and NaN, which would come out finite, come out NaN (of bf16, as they are), so that
-// whoever looks takes the literal way.
+// exactly, subnormals included; Inf and NaN, which would come out finite, come out as one of the two, so that whoever
+// looks takes the literal way. Of f16 a device has an instruction.
 template <DType D>
 PARAMDELTA_DEVICE float widen_float(typename Format<D>::Code code) {
   using F = Format<D>;
   if constexpr (D == DType::bf16) {
     return bits_as<float>(static_cast<std::uint32_t>(code) << 16);
+#if defined(__CUDACC__)
+  } else if constexpr (D == DType::f16) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(code));
+    return value;
+#endif
   } else {
     const std::uint32_t bits = code;
     const std::uint32_t magnitude = bits & static_cast<std::uint32_t>(F::sign - 1);
@@ -64,6 +70,23 @@ PARAMDELTA_DEVICE typename Format<D>::Code narrow_float(float x) {
     code = magnitude < static_cast<std::uint32_t>(127 + F::emin) << 23 ? low : code;
   }
   return static_cast<typename F::Code>(code | ((bits >> 31) << (F::width - 1)));
+}
+
+// Two of them, of bf16 or f16, for which devices have an instruction.
+template <DType D>
+PARAMDELTA_DEVICE void narrow_two(const float* x, typename Format<D>::Code* codes) {
+#if defined(__CUDACC__)
+  std::uint32_t both;
+  if constexpr (D == DType::bf16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(x[1]), "f"(x[0]));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(x[1]), "f"(x[0]));
+  codes[0] = static_cast<std::uint16_t>(both);
+  codes[1] = static_cast<std::uint16_t>(both >> 16);
+#else
+  codes[0] = narrow_float<D>(x[0]);
+  codes[1] = narrow_float<D>(x[1]);
+#endif
 }
 
 // The same of a binary64, for every type: |x| < Format<D>::limit.

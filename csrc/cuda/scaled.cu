@@ -1,6 +1,7 @@
 // The launches of scaled.hpp: how a region is cut, and which passes it takes.
 #include <string>
 
+#include "cuda/blocks_kernel.hpp"
 #include "cuda/scaled.hpp"
 #include "cuda/scaled_kernel.hpp"
 
@@ -53,6 +54,59 @@ void launch_tiles(ScaledParams& params, std::size_t units, std::size_t values, S
     launch<Kernel<false>>(blocks, shared, params, stream);
 }
 
+// Whether every block of the output lies in one cell of an operand's grid, and 16 bytes can be read at once.
+bool suits_blocks(const Matrix& matrix) {
+  const Scales& s = matrix.scales;
+  const auto divides = [](std::uint32_t unit, std::uint32_t phase) {
+    return unit == 0 || (unit % kSide == 0 && phase % kSide == 0);
+  };
+  return matrix.data != nullptr && matrix.codec == Codec::f8_e4m3 && s.data != nullptr &&
+         divides(s.rows, s.row_phase) && divides(s.cols, s.col_phase) && is_aligned(matrix.data, 16) &&
+         matrix.pitch % 16 == 0;
+}
+
+// Whether a merge is BlocksKernel's.
+bool suits_blocks(const ScaledMerge& job, const MatrixTerm* terms) {
+  if (job.n_terms != 1 || job.grid_rows != kSide || job.grid_cols != kSide || job.cols % 16 != 0) return false;
+  if (job.recipe.codec != Codec::f8_e4m3 || job.recipe.values_bf16) return false;
+  const double weight = terms[0].alpha < 0.0 ? -terms[0].alpha : terms[0].alpha;
+  return weight >= 0x1p-64 && weight <= 0x1p64 && is_aligned(job.out, 16) && job.out_pitch % 16 == 0 &&
+         suits_blocks(job.new_base) && suits_blocks(terms[0].post) && suits_blocks(terms[0].base);
+}
+
+template <bool kPower>
+void launch_blocks(BlocksParams& params, int device, Stream stream) {
+  using Kernel = BlocksKernel<kPower>;
+  const Processors on = processors(device);
+  // Two tiles on their way to each block, where a processor has the memory for it.
+  params.ahead = on.shared_bytes >= Kernel::kBlocksPerProcessor * (Kernel::shared_bytes(kMostTilesAhead) + 1024)
+                     ? kMostTilesAhead
+                     : 1;
+  params.stride = least(params.tiles, static_cast<std::uint32_t>(on.count * Kernel::kBlocksPerProcessor));
+  params.stride_down = params.stride / params.scaled.tiles_across;
+  params.stride_across = params.stride % params.scaled.tiles_across;
+  launch<Kernel>(params.stride, Kernel::shared_bytes(params.ahead), params, stream);
+}
+
+void merge_blocks(const ScaledParams& scaled, int device, Stream stream) {
+  BlocksParams params;
+  params.scaled = scaled;
+  params.scaled.tile_rows = params.scaled.tile_cols = kSide;
+  const std::uint64_t blocks = tiles(params.scaled);
+  if (blocks > 0x7FFFFFFFu) throw std::invalid_argument("a matrix has at most 2^31 - 1 blocks: merge in parts");
+  params.tiles = static_cast<std::uint32_t>(blocks);
+  const MatrixTerm& term = scaled.terms[0];
+  const bool adds = term.alpha > 0.0;
+  params.operands[0] = scaled.job.new_base;
+  params.operands[1] = adds ? term.base : term.post;
+  params.operands[2] = adds ? term.post : term.base;
+  params.weight = adds ? term.alpha : -term.alpha;
+  if (is_power_of_two(params.weight))
+    launch_blocks<true>(params, device, stream);
+  else
+    launch_blocks<false>(params, device, stream);
+}
+
 // Whether scales follow from values, so that they must be known before codes are made.
 bool needs_units(const ScaledMerge& job, ScaledEffect effect) {
   return job.quantised && !job.given && effect == ScaledEffect::write;
@@ -102,6 +156,7 @@ void merge_scaled(const ScaledMerge& given, ScaledEffect effect, ScaledTotals* t
   const OnDevice current(device);
 
   if (needs_units(job, effect)) {
+    if (suits_blocks(job, params.terms)) return merge_blocks(params, device, stream);
     const std::uint32_t width = units_tile(job, params.unit_rows, params.unit_cols);
     if (width != 0) {
       params.tile_rows = params.unit_rows;

@@ -2,6 +2,7 @@
 // what quantising lost.
 #pragma once
 
+#include "cuda/operations.hpp"
 #include "cuda/scaled_values.hpp"
 
 namespace paramdelta::cuda {
@@ -54,15 +55,19 @@ struct Gathered {
   }
 };
 
-PARAMDELTA_DEVICE_CALL void add_totals(const Counts& counts, const Gathered& all, double error, double value,
-                                       ScaledTotals* totals) {
+PARAMDELTA_DEVICE_CALL void add_totals(const Counts& counts, const Gathered& all, ScaledTotals* totals) {
   if (counts.nan != 0) atomic_add(&totals->nan, counts.nan);
   if (counts.inf != 0) atomic_add(&totals->inf, counts.inf);
   if (counts.overflow != 0) atomic_add(&totals->overflow, counts.overflow);
   if (all.largest > seen(&totals->amax)) atomic_max(&totals->amax, all.largest);
   if (all.touched != 0 && seen(&totals->touched) == 0) atomic_or(&totals->touched, 1u);
-  if (error != 0.0) atomic_add(&totals->error_squared, error);
-  if (value != 0.0) atomic_add(&totals->value_squared, value);
+}
+
+// One sum for each warp, all of whose threads are here: the sums of a merge have one address, and a device adds to one
+// address about once in a clock.
+PARAMDELTA_DEVICE void add_lost(int thread, double error, double value, ScaledTotals* totals) {
+  warp_add(thread, &totals->error_squared, error);
+  warp_add(thread, &totals->value_squared, value);
 }
 
 // What a code of the output stands for in units of its scale.

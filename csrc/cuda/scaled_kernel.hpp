@@ -89,7 +89,7 @@ struct UnitsKernel {
         }
       });
       gathered.tell(shared.units);
-      add_totals(counts, Gathered{}, 0.0, 0.0, params.totals);
+      add_totals(counts, Gathered{}, params.totals);
     });
     if (asks_fit(job)) {
       block.each([&](int thread) {
@@ -109,7 +109,7 @@ struct UnitsKernel {
         all.touched |= unit.touched;
         choose_unit(params, tile.row, tile.col + u * params.unit_cols, unit);
       }
-      add_totals(Counts{}, all, 0.0, 0.0, params.totals);
+      add_totals(Counts{}, all, params.totals);
     });
     block.each([&](int thread) {
       Lost lost;
@@ -124,7 +124,7 @@ struct UnitsKernel {
         encode_group(params, group, x, units, lost);
       });
       lost.settle();
-      add_totals(Counts{}, Gathered{}, lost.error, lost.value, params.totals);
+      add_lost(thread, lost.error, lost.value, params.totals);
     });
   }
 };
@@ -242,7 +242,8 @@ struct TilesKernel {
         all = Gathered{};
       }
       if (!job.quantised) all.largest = 0;
-      add_totals(counts, all, lost.error, lost.value, params.totals);
+      add_totals(counts, all, params.totals);
+      add_lost(thread, lost.error, lost.value, params.totals);
     });
   }
 };

@@ -69,13 +69,46 @@ class Norms(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Matrices:
+    """Matrices of codes and scales: what one merge of them is made of, or all that a backend takes.
+
+    ``codes`` are the codecs of operands (``formats.CODECS``), ``scales`` the dtypes of their scales, ``outputs`` the
+    codecs of the output, ``output_scales`` the dtypes of its scales, and ``rules`` how those are chosen
+    (``formats.RULES``). ``seconds``: scales have a second one, of the whole tensor.
+    """
+
+    codes: frozenset[str] = frozenset()
+    scales: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset()
+    output_scales: frozenset[str] = frozenset()
+    rules: frozenset[str] = frozenset()
+    seconds: bool = False
+
+    def missing(self, wanted: Matrices) -> list[str]:
+        """Return what a merge is made of that is not among these, in words."""
+        found = [
+            f"{what} {', '.join(sorted(lacking))}"
+            for what, lacking in (
+                ("operands of", wanted.codes - self.codes),
+                ("operands' scales of", wanted.scales - self.scales),
+                ("output of", wanted.outputs - self.outputs),
+                ("output's scales of", wanted.output_scales - self.output_scales),
+                ("the rule", wanted.rules - self.rules),
+            )
+            if lacking
+        ]
+        return found + ["second scales"] * (wanted.seconds and not self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend supports.
 
     ``devices`` are the torch device types whose memory it takes, ``inputs`` and ``outputs`` the dtypes,
     ``variants`` the instruction sets or architectures present here, slowest first, ``operations`` what it
     computes: ``merge``, ``norms``, ``merge_scaled``, and ``foreach``, merges of many tensors at once. ``one_type``:
-    the dtypes of a call must all be the same.
+    the dtypes of a call must all be the same, but for ``merge_scaled``, for which ``matrices`` says what it takes
+    (None: all there is).
     """
 
     devices: tuple[str, ...]
@@ -84,9 +117,16 @@ class Capabilities:
     variants: tuple[str, ...]
     operations: tuple[str, ...]
     one_type: bool = False
+    matrices: Matrices | None = None
 
     def supports(
-        self, operation: str, *, device: str = "", inputs: Sequence[DType] = (), output: DType | None = None
+        self,
+        operation: str,
+        *,
+        device: str = "",
+        inputs: Sequence[DType] = (),
+        output: DType | None = None,
+        matrices: Matrices | None = None,
     ) -> bool:
         """Return whether an operation runs on memory of a device, for these dtypes; what is not named is not asked."""
         return (
@@ -95,7 +135,12 @@ class Capabilities:
             and all(dtype in self.inputs for dtype in inputs)
             and (output is None or output in self.outputs)
             and not (self.one_type and len({*inputs, *_given(output)}) > 1)
+            and not self.missing(matrices)
         )
+
+    def missing(self, matrices: Matrices | None) -> list[str]:
+        """Return what a merge of matrices is made of that the backend does not take, in words."""
+        return [] if matrices is None or self.matrices is None else self.matrices.missing(matrices)
 
     def __str__(self) -> str:
         """What it has, for errors."""
@@ -148,17 +193,29 @@ def choose(
     device: str,
     inputs: Sequence[DType] = (),
     output: DType | None = None,
+    matrices: Matrices | None = None,
     name: str | None = None,
 ) -> str:
     """Return the backend for an operation on memory of a torch device type, ``cpu`` or ``cuda``, and on these dtypes.
 
+    ``matrices`` is what a ``merge_scaled`` is made of.
     ``name``, or else the environment variable PARAMDELTA_BACKEND, picks one; without them it is the first that
     supports the operation there and runs. Raises BackendError, with every backend's reason, where there is none.
     """
 
     def fits(candidate: str) -> bool:
         able = _load(candidate).capabilities()
-        return able.supports(operation, device=device, inputs=inputs, output=output)
+        return able.supports(operation, device=device, inputs=inputs, output=output, matrices=matrices)
+
+    def state(candidate: str) -> str:
+        reason = why_not(candidate)
+        if reason is not None:
+            return reason
+        if fits(candidate):
+            return "has it"
+        able = _load(candidate).capabilities()
+        lacking = able.missing(matrices) if able.supports(operation, device=device) else []
+        return f"has {operation}, but not with {' or '.join(lacking)}" if lacking else str(able)
 
     wanted = name or os.environ.get(VARIABLE)
     if wanted:
@@ -171,7 +228,7 @@ def choose(
                 return candidate
     types = " and ".join(sorted({dtype.name for dtype in (*inputs, *_given(output))}))
     what = f"{operation} on {device} memory" + (f" of {types}" if types else "")
-    reasons = "; ".join(f"{k}: {why_not(k) or ('has it' if fits(k) else _load(k).capabilities())}" for k in _MODULES)
+    reasons = "; ".join(f"{candidate}: {state(candidate)}" for candidate in _MODULES)
     if not wanted:
         raise BackendError(f"no backend has {what}: {reasons}")
     source = f"backend '{wanted}'" if name else f"{VARIABLE}={wanted}"

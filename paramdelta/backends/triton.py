@@ -12,13 +12,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from paramdelta.backends import Capabilities
+from paramdelta.backends import Capabilities, triton_scaled
 from paramdelta.dtypes import BF16, F16, F32, DType
 from paramdelta.errors import BackendError
 
@@ -48,6 +49,8 @@ def why_not() -> str | None:
         return f"its kernels do not load ({error}); {_EXTRA}"
     if interpreted():
         return None
+    if os.environ.get("CC") is None and not any(shutil.which(name) for name in ("gcc", "clang")):
+        return "triton finds no C compiler, which it starts kernels with; install gcc, or name one in the variable CC"
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         return "torch finds no CUDA device: it needs an NVIDIA GPU, its driver, and a torch built for CUDA"
@@ -63,8 +66,9 @@ def capabilities() -> Capabilities:
         inputs=DTYPES,
         outputs=DTYPES,
         variants=("interpreter",) if interpreted() else tuple(f"sm_{a}{b}" for a, b in _capabilities()),
-        operations=("merge", "foreach"),
+        operations=("merge", "foreach", "merge_scaled"),
         one_type=True,
+        matrices=triton_scaled.SUPPORTED,
     )
 
 
@@ -84,8 +88,8 @@ def merge(
     each term in turn, address of out, number of elements, address of counts), of the device with the ordinal
     ``device``. Address 0 stands for zeros; ``counts`` are three int64 that NaN, Inf and overflow are added to.
     ``stream`` is a cudaStream_t as a number. All dtypes must be the same, one of bf16, f16 and f32. Many tensors take
-    one launch, and a table on the device; a single one takes none, so that a CUDA graph can capture it. ``block`` is
-    the number of elements of a program. Raises BackendError.
+    one launch, and a table on the device; a CUDA graph can capture either. ``block`` is the number of elements of a
+    program. Raises BackendError.
     """
     dtypes = {new_base, out, *(d for post, base, _ in terms for d in (post, base))}
     if len(dtypes) > 1 or new_base not in DTYPES:
@@ -111,6 +115,25 @@ def merge(
         enqueue_each(columns[0], [columns[1], *(columns[c] for c in operands)], alphas, new_base, device, **options)
 
 
+def merge_scaled(*, device: int = 0, stream: int = 0, **job: Any) -> None:
+    """Enqueue a merge of matrices of codes and scales; keywords are those of ``_cuda.merge_scaled``, as for ``cuda``.
+
+    What it takes is in ``capabilities().matrices``. Raises BackendError.
+    """
+    with _on(device, stream):
+        triton_scaled.enqueue(**job)
+
+
+def totals_bytes() -> int:
+    """Return the size of the totals that ``merge_scaled`` adds to: device memory that holds zeros before."""
+    return triton_scaled.TOTALS_BYTES
+
+
+def workspace_bytes(**job: Any) -> int:
+    """Return how much device memory ``merge_scaled`` needs beside its operands, for the same keywords."""
+    return triton_scaled.workspace_bytes(**job)
+
+
 def enqueue_each(
     counts: Any, columns: Sequence[Any], alphas: Sequence[float], dtype: DType, device: int, block: int | None = None
 ) -> None:
@@ -124,18 +147,29 @@ def enqueue_each(
     _check_aligned(dtype, [int(addresses)])
     table = launch.table_of(counts, *columns, block=size)
     programs = int((-(-counts // size)).sum())
-    torch = importlib.import_module("torch")
-    if interpreted():
-        where = torch.from_numpy(table)
-    else:
-        if torch.cuda.is_current_stream_capturing():
-            raise BackendError(
-                "backend triton: merges of many tensors are described by a table in host memory, which a CUDA graph "
-                "would read again when it is replayed; capture merges of single tensors, or use the backend cuda"
-            )
-        where = torch.from_numpy(table).pin_memory().to(f"cuda:{device}", non_blocking=True)
+    where = _in_memory(launch, table, device)
     align = launch.alignment(dtype.name, int(addresses))
     launch.merge_each(where.data_ptr(), counts.size, programs, alphas, dtype.name, align=align, block=size)
+
+
+def _capturing() -> bool:
+    return not interpreted() and bool(importlib.import_module("torch").cuda.is_current_stream_capturing())
+
+
+def _in_memory(launch: Any, table: Any, device: int) -> Any:
+    """Return a table as a tensor on the device, written in the order of the current stream.
+
+    It is copied from page-locked memory. A CUDA graph would read that again when it is replayed, and finds the table in
+    the arguments of launches instead; its memory there is the graph's.
+    """
+    torch = importlib.import_module("torch")
+    if not _capturing():
+        host = torch.from_numpy(table)
+        return host if interpreted() else host.pin_memory().to(f"cuda:{device}", non_blocking=True)
+    table = np.pad(table, (0, -table.size % launch.WRITTEN))
+    where = torch.empty(table.size, dtype=torch.int64, device="cpu" if interpreted() else f"cuda:{device}")
+    launch.write(where.data_ptr(), table)
+    return where
 
 
 def _check_aligned(dtype: DType, addresses: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 TRITON_PTX = ("test_known_results", "test_random", "test_alphas", "test_powers_of_two_are_kept")
 
 
+@pytest.hookimpl(trylast=True)  # after the tests' own parameters: all kernels of one case follow each other
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``isa``: the CPU's instruction sets. ``kernels``: these, and the CUDA kernels and Triton's, emulated and on a
     device. ``norm_kernels``: those of them that have norms."""

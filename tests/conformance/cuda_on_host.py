@@ -6,6 +6,7 @@ what lies there, and imports it. "Device memory" is then the host's.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.machinery
 import importlib.util
@@ -41,8 +42,11 @@ def module() -> ModuleType:
     target = FOLDER / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     parts = [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "python" / "bind_cuda.cpp"]
     newest = max(path.stat().st_mtime for path in (*SOURCES.rglob("*.hpp"), *parts, Path(__file__)))
-    if not target.exists() or target.stat().st_mtime < newest:
-        _compile(parts, target)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers that come here at once, one compiles
+        if not target.exists() or target.stat().st_mtime < newest:
+            _compile(parts, target)
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(target))
     spec = importlib.util.spec_from_file_location(NAME, target, loader=loader)
     assert spec is not None
@@ -59,12 +63,10 @@ def _compiler() -> str | None:
 def _compile(parts: list[Path], target: Path) -> None:
     import pybind11
 
-    FOLDER.mkdir(parents=True, exist_ok=True)
     compiler = _compiler()
     assert compiler is not None
     includes = [f"-I{SOURCES}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    own = f".{os.getpid()}"  # several processes may do this at once
-    made = [FOLDER / f"{path.stem}{own}.o" for path in parts]
+    made = [FOLDER / f"{path.stem}.o" for path in parts]
 
     def one(path: Path, to: Path) -> None:
         command = [compiler, "-x", "c++", *FLAGS, f"-DPARAMDELTA_CUDA_MODULE={NAME}", *includes, "-c", path, "-o", to]
@@ -72,7 +74,7 @@ def _compile(parts: list[Path], target: Path) -> None:
 
     with ThreadPoolExecutor(int(os.environ.get("PARAMDELTA_BUILD_JOBS", "2"))) as pool:
         list(pool.map(one, parts, made))
-    linked = target.with_name(target.name + own)
+    linked = target.with_name(target.name + ".linked")  # a compilation that is ended leaves no half of a module
     subprocess.run([compiler, "-shared", *made, "-o", linked], check=True)
     linked.replace(target)
     for path in made:

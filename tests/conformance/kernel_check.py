@@ -8,6 +8,7 @@ from typing import Any
 
 import cuda_calls
 import numpy as np
+from remembered import remembered
 
 from paramdelta import backends, reference
 from paramdelta.backends import cpu
@@ -93,7 +94,7 @@ def check(
 ) -> None:
     """Merge with the kernels and compare with the reference."""
     if want is None:
-        want = reference.merge(new_base, terms, dtype, options.get("count"))
+        want = remembered(reference.merge, new_base, terms, dtype, options.get("count"))
     equal(run(new_base, terms, dtype, kernels=kernels, **options), want, new_base, terms)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import cuda_calls
 import numpy as np
+from remembered import remembered
 
 from paramdelta import _cpu, reference, reference_scaled
 from paramdelta.dtypes import BY_NAME
@@ -150,11 +151,12 @@ def run(
     kernels: str,
     keep: bool = False,
     threads: int = 1,
+    gap: int = 7,
 ) -> Ran:
     """Merge with the kernels. Operands are what Memory makes. Bytes around the output must stay as they are."""
     rows, cols = shape
     width = -(-cols * CODEC_BITS[output.codec] // 8)
-    out = np.full((rows + 1, width + _gap(kernels, 7)), 0x5A, np.uint8)
+    out = np.full((rows + 1, width + _gap(kernels, gap)), 0x5A, np.uint8)
     scales = None
     options: dict[str, Any] = {}
     if output.recipe is None:
@@ -208,10 +210,14 @@ def check(
     keep: bool = False,
     threads: int = 1,
     want: Quantised | None = None,
+    gaps: tuple[int, int, int] = (5, 3, 7),
 ) -> Ran:
-    """Merge with the kernels and compare with the reference: codes, scales, counts, touched, amax."""
-    memory = Memory(new_base, gap=_gap(kernels, 5))
-    pairs = [(Memory(t.post, gap=_gap(kernels, 3)), Memory(t.base), t.alpha) for t in terms]
+    """Merge with the kernels and compare with the reference: codes, scales, counts, touched, amax.
+
+    ``gaps``: bytes between rows of new_base, post and the output. Multiples of 16 suit the lanes for aligned rows.
+    """
+    memory = Memory(new_base, gap=_gap(kernels, gaps[0]))
+    pairs = [(Memory(t.post, gap=_gap(kernels, gaps[1])), Memory(t.base), t.alpha) for t in terms]
     got = run(
         memory.tuple,
         [(post.tuple, base.tuple, alpha) for post, base, alpha in pairs],
@@ -220,9 +226,10 @@ def check(
         kernels=kernels,
         keep=keep,
         threads=threads,
+        gap=gaps[2],
     )
     if want is None:
-        want = reference_scaled.merge_scaled(new_base, terms, output, keep)
+        want = remembered(reference_scaled.merge_scaled, new_base, terms, output, keep)
     equal(got, want, output)
     return got
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from remembered import remembered
 from scaled_check import Kind, Memory, call, check, output_id, outputs, recipe_tuple, run, stored, weights
 
 from paramdelta import reference, reference_scaled
@@ -159,7 +160,7 @@ def test_measure(kernels: str, output: Output) -> None:
     odd = Scaled(reference.encode(values, F32)[0], "f32")
     for first in (post, odd):
         memories = [Memory(m) for m in (first, base, new_base)]
-        want = reference_scaled.merge_scaled(new_base, [ScaledTerm(first, base, 0.5)], output)
+        want = remembered(reference_scaled.merge_scaled, new_base, [ScaledTerm(first, base, 0.5)], output)
         for threads in (1, 2):
             got = call(
                 kernels,

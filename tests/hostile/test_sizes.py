@@ -77,8 +77,9 @@ def test_a_sparse_document(tmp_path: Path, name: str, size: int) -> None:
     with open(folder / name, "wb") as file:
         file.truncate(size)
     outcome = run("inspect", folder, seconds=5, megabytes=150)
-    told = outcome.out + outcome.err
-    assert f"{name}: holds {size:,} bytes; the most allowed is 100,000,000" in " ".join(told.replace("│", " ").split())
+    # A table may break a line within the path, wherever the folder's name is as long as that takes.
+    told = "".join((outcome.out + outcome.err).replace("│", " ").split())
+    assert f"{name}:holds{size:,}bytes;themostallowedis100,000,000" in told
 
 
 def test_a_record_of_a_terabyte(tmp_path: Path) -> None:

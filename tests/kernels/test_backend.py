@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 
 import pytest
 
@@ -40,6 +41,13 @@ def test_what_is_not_installed(module: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
     assert "triton 3.5.1 is too old for its kernels: it must be 3.6 or later" in str(backends.why_not("triton"))
+
+
+@pytest.mark.skipif(not HERE, reason="torch or triton is not installed: pip install 'paramdelta[triton]'")
+def test_where_there_is_no_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "triton finds no C compiler" in str(backends.why_not("triton"))
 
 
 @pytest.mark.skipif(not HERE, reason="torch or triton is not installed: pip install 'paramdelta[triton]'")

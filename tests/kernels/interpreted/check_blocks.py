@@ -70,10 +70,11 @@ def run(
     output: Output,
     keep: bool = False,
     tile: tuple[int, int] = (128, 128),
+    held: dict[str, int] | None = None,
 ) -> scaled_check.Ran:
     rows, cols = shape
     out = np.full((rows + 1, cols + 16), 0x5A, f"u{1 if output.recipe else BY_NAME[output.codec].bits // 8}")
-    report, scales, quantiser, units = np.zeros(5, np.int64), None, None, np.zeros(0, np.int32)
+    report, scales, quantiser, units = np.zeros(6, np.int64), None, None, np.zeros(0, np.int32)
     plane = Plane(address(out), output.codec, out.shape[1])
     if output.recipe is not None:
         r = output.recipe
@@ -83,30 +84,35 @@ def run(
         )  # fmt: skip
         grid = launch_blocks.unit_count(quantiser, rows, cols)
         scales = np.full((grid[0], grid[1] + 3), 0x5A, f"u{BY_NAME[output.scale_dtype].bits // 8}")
-        units = np.zeros(2 * grid[0] * grid[1], np.int32)
+        units = np.full(2 * grid[0] * grid[1], 0x55, np.int32)
         if output.given is None:
             where = Scales(address(scales), output.scale_dtype, scales.shape[1], output.rows, output.cols)
             plane = plane._replace(scales=where)
     terms = [term for term in terms if term[2] != 0.0]
     launch_blocks.merge(
-        new_base, terms, rows, cols, plane, address(report), quantiser=quantiser, units=address(units), tile=tile
-    )
+        new_base, terms, rows, cols, plane, address(report), quantiser=quantiser, units=address(units), tile=tile,
+        held=held,
+    )  # fmt: skip
     assert (out[:, cols:] == 0x5A).all(), "elements beyond a row were written"
     assert (out[rows:] == 0x5A).all(), "elements beyond the last row were written"
     if scales is not None:
         assert (scales[:, grid[1] :] == 0x5A).all(), "elements beyond the scales were written"
         scales = None if output.given is not None else scales[:, : grid[1]]
-    amax = float(report[3:4].astype(np.uint32).view(np.float32)[0])
-    return scaled_check.Ran(out[:rows, :cols], scales, tuple(report[:3].tolist()), bool(report[4]), amax, 0.0, 0.0)
+    touched, amax = report[3:4].view(np.uint32)
+    lost = (float(x) for x in report[4:].view(np.float64))
+    counts = tuple(report[:3].tolist())
+    return scaled_check.Ran(out[:rows, :cols], scales, counts, bool(touched), float(amax.view(np.float32)), *lost)
 
 
-def check(new_base: Scaled, terms: Sequence[ScaledTerm], output: Output, keep: bool = False, gap: int = 16) -> None:
+def check(new_base: Scaled, terms: Sequence[ScaledTerm], output: Output, keep: bool = False, gap: int = 16,
+          held: dict[str, int] | None = None) -> scaled_check.Ran:  # fmt: skip
     shape: tuple[int, int] = new_base.codes.shape  # type: ignore[assignment]
     first = Stored(new_base, gap)
     pairs = [(Stored(t.post, 3 * gap), Stored(t.base, 0), t.alpha) for t in terms]
     tile = (128, 512) if shape[1] > 128 else (128, 128)
-    got = run(first.plane, [(p.plane, b.plane, a) for p, b, a in pairs], shape, output, keep, tile)
+    got = run(first.plane, [(p.plane, b.plane, a) for p, b, a in pairs], shape, output, keep, tile, held)
     scaled_check.equal(got, reference_scaled.merge_scaled(new_base, terms, output, keep), output)
+    return got
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=scaled_check.output_id)

@@ -59,7 +59,8 @@ def test_a_signature_without_a_backend_is_named() -> None:
     with pytest.raises(
         BackendError,
         match=r"no backend has foreach on cpu memory of bf16 and f32: cpu: has merge.*cuda: the extension "
-        r"paramdelta._cuda is not built.*triton: has merge, foreach on cpu memory, of one type of bf16, f16, f32",
+        r"paramdelta._cuda is not built.*triton: has merge, foreach, merge_scaled on cpu memory, of one type of bf16, "
+        r"f16, f32",
     ):
         enqueue(merges)
 

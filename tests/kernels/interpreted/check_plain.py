@@ -118,7 +118,12 @@ def test_operands_of_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("alphas", [(1.0,), (0.5, 0.0, -1.0)], ids=["one-delta", "three-deltas"])
-def test_many_tensors_in_one_launch(dtype: DType, alphas: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("captured", [False, True], ids=["copied", "captured"])
+def test_many_tensors_in_one_launch(
+    dtype: DType, alphas: tuple[float, ...], captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a graph the table is written by launches."""
+    monkeypatch.setattr(triton, "_capturing", lambda: captured)
     rng = np.random.default_rng(6)
     tensors, wanted, kept = [], [], []
     for size in (*rng.integers(1, 300, 25), 0, 5000, 1, 4096):
