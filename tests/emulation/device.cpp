@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <csetjmp>
 #include <exception>
 #include <map>
@@ -197,6 +198,31 @@ std::byte* Thread::shared(b64 offset, std::size_t bytes) const {
   return block->shared.data() + offset;
 }
 
+void Thread::copy(b64 to, b64 from, b32 bytes, b32 given) {
+  shared(to, bytes);
+  if (given > bytes) throw Fault(kInvalidValue, "a copy of more bytes than it has room for");
+  if (from % bytes != 0) throw Fault(kMisaligned, "a copy from " + hexadecimal(from) + ", which is misaligned");
+  if (copies.empty()) copies.emplace_back();
+  copies.back().push_back({to, from, bytes, given});
+}
+
+void Thread::end_copies() {
+  if (copies.empty()) copies.emplace_back();
+  copies.emplace_back();
+}
+
+void Thread::await_copies(b32 later) {
+  while (copies.size() > later + 1) {
+    for (const Copy& each : copies.front()) {
+      std::byte* const to = shared(each.to, each.bytes);
+      for (b32 i = 0; i < each.given; ++i) check(each.from + i, 1);
+      std::memcpy(to, reinterpret_cast<const void*>(each.from), each.given);
+      std::memset(to + each.given, 0, each.bytes - each.given);
+    }
+    copies.erase(copies.begin());
+  }
+}
+
 b64 Thread::shared_base() const { return reinterpret_cast<b64>(block->shared.data()); }
 b32 Thread::block_index() const { return block->index; }
 b32 Thread::threads() const { return block->threads; }
@@ -224,6 +250,68 @@ void Thread::check(b64 address, std::size_t bytes) const {
     throw Fault(kIllegalAddress, std::to_string(bytes) + " bytes at " + hexadecimal(address) +
                                      ", which no allocation has");
   b.recent[b.next_recent++ % 8] = range;
+}
+
+b32 Thread::whole_warp(b32 clamp) const {
+  if (clamp != 31) throw Fault(kInvalidValue, "an exchange within a part of a warp");
+  return 31;
+}
+
+namespace {
+
+// A binary format with `mantissa` bits and a bias: the value of a code's magnitude, and the code nearest to a magnitude,
+// even where two are, as if exponents had no end.
+double value_of(b32 code, int mantissa, int bias) {
+  const int exponent = static_cast<int>(code >> mantissa);
+  const b32 fraction = code & ((1u << mantissa) - 1);
+  if (exponent == 0) return std::ldexp(fraction, 1 - bias - mantissa);
+  return std::ldexp(fraction + (1u << mantissa), exponent - bias - mantissa);
+}
+
+b32 nearest_code(double magnitude, int mantissa, int bias) {
+  if (magnitude == 0.0) return 0;
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  exponent = std::max(exponent - 1, 1 - bias);
+  const auto steps = static_cast<b32>(std::nearbyint(std::ldexp(magnitude, mantissa - exponent)));
+  return static_cast<b32>(exponent + bias - 1) * (1u << mantissa) + steps;
+}
+
+}  // namespace
+
+b16 f16(f32 x) {
+  const b32 sign = std::signbit(x) ? 0x8000 : 0;
+  if (std::isnan(x)) return 0x7FFF;
+  if (std::isinf(x)) return static_cast<b16>(sign | 0x7C00);
+  return static_cast<b16>(sign | std::min(nearest_code(std::fabs(x), 10, 15), 0x7C00u));
+}
+
+b16 bf16(f32 x) {
+  const b32 sign = std::signbit(x) ? 0x8000 : 0;
+  if (std::isnan(x)) return 0x7FFF;
+  if (std::isinf(x)) return static_cast<b16>(sign | 0x7F80);
+  return static_cast<b16>(sign | std::min(nearest_code(std::fabs(x), 7, 127), 0x7F80u));
+}
+
+b16 e4m3(f32 x) {
+  const b32 sign = std::signbit(x) ? 0x80 : 0;
+  if (std::isnan(x)) return 0x7F;
+  if (std::fabs(x) > 448.0f) return static_cast<b16>(sign | 0x7E);
+  return static_cast<b16>(sign | nearest_code(std::fabs(x), 3, 7));
+}
+
+f32 f16_value(b16 code) {
+  const b32 magnitude = code & 0x7FFFu;
+  if (magnitude > 0x7C00) return bits<f32>(0x7FFFFFFF);
+  const double value = magnitude == 0x7C00 ? HUGE_VAL : value_of(magnitude, 10, 15);
+  return static_cast<f32>((code & 0x8000) != 0 ? -value : value);
+}
+
+f32 e4m3_value(b16 code) {
+  const b32 magnitude = code & 0x7Fu;
+  if (magnitude == 0x7F) return bits<f32>(0x7FFFFFFF);
+  const double value = value_of(magnitude, 3, 7);
+  return static_cast<f32>((code & 0x80) != 0 ? -value : value);
 }
 
 Known::Known(const char* name, Entry entry, std::initializer_list<Parameter> parameters) {

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace emulated {
 
@@ -37,11 +38,25 @@ struct Fault : std::runtime_error {
 
 struct Block;
 
+// Of `bytes` bytes to shared memory, the first `given` are copied and the others zero.
+struct Copy {
+  b64 to, from;
+  b32 bytes, given;
+};
+
 struct Thread {
   Block* block;
   b32 index;  // in the block
   b32 exchanges = 0;
 
+  // Copies to shared memory that have happened only when they were waited for: by groups, but for the last `later`.
+  std::vector<std::vector<Copy>> copies = {};
+  void copy(b64 to, b64 from, b32 bytes, b32 given);
+  void end_copies();
+  void await_copies(b32 later);
+
+  // All lanes of a warp, which is what an exchange must be between.
+  b32 whole_warp(b32 clamp) const;
   b32 lane() const { return index % 32; }
   void barrier();
   // The values that the lanes of this thread's warp gave, all of them.
@@ -281,6 +296,14 @@ inline To cvt(From x) {
     return static_cast<To>(x);
   }
 }
+
+// Codes of types that C++ has not, rounded to nearest even; e4m3, which has no Inf, is ±448 at most. NaN is the code that
+// a GPU makes.
+b16 f16(f32 x);
+b16 bf16(f32 x);
+b16 e4m3(f32 x);
+f32 f16_value(b16 code);
+f32 e4m3_value(b16 code);
 
 template <class T>
 inline bool unordered(T a, T b) {

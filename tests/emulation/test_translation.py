@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -27,6 +28,7 @@ THREADS = 256
 INTEGERS = [0, 1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 255, 0x7F80, 0x8000, 0xFFFF, 0x12345678, 0x7FFFFFFF, 0x80000000]
 INTEGERS += [0xFFFFFFFF, 0x0123456789ABCDEF, 0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x5410, 0xBA98]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 1.5, 2.5, -2.5, 3e-39, -3e-39, 1e38, 3e38, -3e38, 2.0**-149, math.inf, -math.inf]
+FLOATS += [447.0, 448.0, 464.0, 465.0, 1.0625, 1.1875, 2.0**-10, 65504.0, 65519.0, 65520.0, 6e-8, 2.9e-8, 3e-8, 1.00390625]
 FLOATS += [math.nan, 1 / 3, 0.1, 2147483647.0, 2147483648.0, -2147483649.0, 4294967296.0, 1e300, 5e-324, 1 + 2.0**-24]
 
 
@@ -68,6 +70,14 @@ def extreme(a: float, b: float, pick: Callable[[float, float], float]) -> float:
     return pick(a, b)
 
 
+def two(a: Any, b: Any, kind: Any, nan: int) -> int:
+    """Return the codes of two numbers, the first above the second; fp8 ends at its largest number."""
+    width = np.dtype(kind).itemsize * 8
+    most = 448.0 if width == 8 else math.inf
+    codes = [nan if math.isnan(x) else int(np.clip(x, -most, most).astype(kind).view(f"u{width // 8}")) for x in (a, b)]
+    return codes[0] << width | codes[1]
+
+
 # The instruction, with %a, %b, %c for operands and %d for the result; the type of operands; that of the result; what it is.
 INSTRUCTIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "add.s32 %d, %a, %b": ("b32", "b32", lambda a, b, c: a + b),
@@ -106,6 +116,16 @@ INSTRUCTIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "div.rn.f32 %d, %a, %b": ("f32", "f32", lambda a, b, c: a / b),
     "min.f32 %d, %a, %b": ("f32", "f32", lambda a, b, c: np.float32(extreme(float(a), float(b), min))),
     "max.f64 %d, %a, %b": ("f64", "f64", lambda a, b, c: np.float64(extreme(float(a), float(b), max))),
+    "cvt.rn.f16x2.f32 %d, %a, %b": ("f32", "b32", lambda a, b, c: two(a, b, np.float16, 0x7FFF)),
+    "cvt.rn.bf16x2.f32 %d, %a, %b": ("f32", "b32", lambda a, b, c: two(a, b, ml_dtypes.bfloat16, 0x7FFF)),
+    "cvt.rn.satfinite.e4m3x2.f32 %h, %a, %b; cvt.u32.u16 %d, %h": (
+        "f32", "b32", lambda a, b, c: two(a, b, ml_dtypes.float8_e4m3fn, 0x7F)
+    ),
+    "cvt.u16.u32 %h, %a; cvt.rn.f16x2.e4m3x2 %d, %h": ("b32", "b32", lambda a, b, c: sum(
+        (0x7FFF if code & 0x7F == 0x7F else int(np.uint8(code).view(ml_dtypes.float8_e4m3fn).astype(np.float16).view("u2")))
+        << shift for code, shift in ((a & 255, 0), (a >> 8 & 255, 16))
+    )),
+    "cvt.u16.u32 %h, %a; cvt.f32.f16 %d, %h": ("b32", "f32", lambda a, b, c: np.float32(np.uint16(a & 0xFFFF).view("f2"))),
     "abs.f32 %d, %a": ("f32", "f32", lambda a, b, c: abs(a)),
     "neg.f64 %d, %a": ("f64", "f64", lambda a, b, c: -a),
 }
@@ -126,7 +146,7 @@ def kernel(name: str, text: str, taken: str, given: str) -> str:
     """Return a kernel that does an instruction to the elements of its threads."""
     size, out = (np.dtype(TYPES[t]).itemsize for t in (taken, given))
     registers = {f"%{letter}": f"{PREFIX[taken]}{i}" for i, letter in enumerate("abc", 1)} | {"%d": f"{PREFIX[given]}9"}
-    body = re.sub(r"%[abcd]\b", lambda match: registers[match[0]], text).replace("%p", "%p1")
+    body = re.sub(r"%[abcd]\b", lambda match: registers[match[0]], text).replace("%p", "%p1").replace("%h", "%rs1")
     loads = "".join(f"ld.global.{taken} {PREFIX[taken]}{i}, [%rd3{i}];\n" for i in (1, 2, 3))
     places = "".join(
         f"ld.param.u64 %rd2{i}, [{name}_param_{i - 1}]; mad.wide.u32 %rd3{i}, %r20, {size if i < 4 else out}, %rd2{i};\n"
@@ -135,7 +155,7 @@ def kernel(name: str, text: str, taken: str, given: str) -> str:
     parameters = ", ".join(f".param .u64 {name}_param_{i}" for i in range(4))
     return (
         f".visible .entry {name}({parameters}) {{\n"
-        ".reg .pred %p<4>; .reg .b32 %r<40>; .reg .b64 %rd<40>; .reg .f32 %f<10>; .reg .f64 %fd<10>;\n"
+        ".reg .pred %p<4>; .reg .b16 %rs<3>; .reg .b32 %r<40>; .reg .b64 %rd<40>; .reg .f32 %f<10>; .reg .f64 %fd<10>;\n"
         f"mov.u32 %r20, %tid.x;\n{places}{loads}{body};\nst.global.{given} [%rd34], {PREFIX[given]}9;\nret;\n}}\n"
     )
 
@@ -197,6 +217,13 @@ mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; st.shared.u32 [%r2], %r1; xor.b32 %r5,
 ld.param.u64 %rd1, [racing_param_0]; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; st.global.u32 [%rd3], %r6; ret; }
 .visible .entry waiting(.param .u64 waiting_param_0) { .reg .b32 %r<5>; .reg .pred %p<3>;
 mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 0; @%p1 bra $end; shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1; $end: bar.sync 0; ret; }
+.visible .entry copying(.param .u64 copying_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>;
+ld.param.u64 %rd1, [copying_param_0]; mov.u32 %r1, memory; st.shared.v4.u32 [%r1], {5, 5, 5, 5};
+cp.async.cg.shared.global [%r1], [%rd1], 16, 8; cp.async.commit_group; cp.async.cg.shared.global [%r1+16], [%rd1], 16;
+cp.async.commit_group; ld.shared.u32 %r2, [%r1]; cp.async.wait_group 1; ld.shared.u32 %r3, [%r1]; ld.shared.u32 %r4, [%r1+12];
+ld.shared.u32 %r5, [%r1+16]; cp.async.wait_group 0; ld.shared.u32 %r6, [%r1+16];
+st.global.u32 [%rd1], %r2; st.global.u32 [%rd1+4], %r3; st.global.u32 [%rd1+8], %r4; st.global.u32 [%rd1+12], %r5;
+st.global.u32 [%rd1+16], %r6; ret; }
 .visible .entry sums(.param .u64 sums_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>; .reg .f64 %fd<3>;
 ld.param.u64 %rd1, [sums_param_0]; mov.u32 %r1, %tid.x; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1; sub.s32 %r3, %r2, %r1;
 abs.s32 %r4, %r3; atom.global.add.u32 %r5, [%rd1], %r4; redux.sync.add.s32 %r6, %r1, -1; atom.global.max.u32 %r7, [%rd1+4], %r6;
@@ -256,6 +283,12 @@ def test_threads_that_wait_for_ever_are_told(device: Any) -> None:
     assert "for ever" in message(device, launch("waiting", 0, threads=64))
 
 
+def test_copies_have_happened_when_they_were_waited_for(device: Any) -> None:
+    memory = emulated_cuda.Copy(np.arange(1, 9, dtype=np.uint32).tobytes(), 0)
+    assert launch("copying", memory.address, threads=1, shared=32) == 0
+    assert np.frombuffer(memory.fetch(), np.uint32).tolist()[:5] == [5, 1, 0, 0xA5A5A5A5, 1]
+
+
 def test_threads_together(device: Any) -> None:
     out = emulated_cuda.Copy(bytes(16), 0)
     assert launch("sums", out.address) == 0
@@ -267,7 +300,7 @@ def test_threads_together(device: Any) -> None:
 @pytest.mark.parametrize(
     "refused",
     ["add.ftz.f32 %f1, %f1, %f1", "div.full.f32 %f1, %f1, %f1", "ex2.approx.f32 %f1, %f1", "cvt.rz.f32.f64 %f1, %fd1",
-     "bar.sync 1, 32", "wgmma.fence", "cvt.rn.bf16.f32 %rs1, %f1"],
+     "bar.sync 1, 32", "wgmma.fence", "cvt.rz.f16x2.f32 %r1, %f1, %f2"],
 )  # fmt: skip
 def test_what_is_not_known_is_refused(refused: str) -> None:
     registers = ".reg .f32 %f<3>; .reg .f64 %fd<3>; .reg .b16 %rs<3>;"

@@ -230,6 +230,9 @@ class _Writer:
         return self._give(to, kind, self._take(source, kind))
 
     def _cvt(self, i: Instruction) -> str:
+        packed = self._packed(i)
+        if packed:
+            return packed
         to, source = self._only(i, {"rn", "rzi"})
         floats = (to[0] == "f", source[0] == "f")
         rounding = [m for m in i.modifiers if m in ("rn", "rzi")]
@@ -239,6 +242,22 @@ class _Writer:
         if to != source and rounding != inexact.get(floats, []):
             raise ValueError(f"rounding {rounding}")
         return self._give(i.operands[0], to, f"cvt<{to}, {source}>({self._take(i.operands[1], source)})")
+
+    def _packed(self, i: Instruction) -> str:
+        """Conversions of types that C++ has none of, two to a register but for ``cvt.f32.f16``."""
+        if i.modifiers == ("f32", "f16"):
+            return self._give(i.operands[0], "f32", f"f16_value({self._take(i.operands[1], 'b16')})")
+        if i.modifiers == ("rn", "f16x2", "e4m3x2"):
+            codes = self._take(i.operands[1], "b16")
+            halves = [f"static_cast<b32>(f16(e4m3_value({codes} >> {shift} & 255))) << {2 * shift}" for shift in (0, 8)]
+            return self._give(i.operands[0], "b32", " | ".join(halves))
+        to = {("rn", "f16x2", "f32"): "f16", ("rn", "bf16x2", "f32"): "bf16", ("rn", "satfinite", "e4m3x2", "f32"): "e4m3"}
+        name = to.get(i.modifiers)
+        if name is None:
+            return ""
+        width = 8 if name == "e4m3" else 16
+        high, low = (f"static_cast<b32>({name}({self._take(o, 'f32')}))" for o in i.operands[1:])
+        return self._give(i.operands[0], f"b{2 * width}", f"{high} << {width} | {low}")
 
     def _cvta(self, i: Instruction) -> str:
         (kind,) = self._only(i, {"to", *SPACES})
@@ -361,10 +380,11 @@ class _Writer:
     def _shfl(self, i: Instruction) -> str:
         self._only(i, {"sync", "bfly", "idx"})
         value, by, clamp, mask = (self._take(o, "b32") for o in i.operands[1:])
-        if i.operands[3] != "31":
-            raise ValueError("exchange within a part of a warp")
         source = f"t.lane() ^ {by}" if "bfly" in i.modifiers else by
-        return self._give(i.operands[0], "b32", f"t.exchange({value}, {mask})[({source}) & 31]")
+        to, _, inside = i.operands[0].partition("|")
+        told = self._give(inside, "pred", "true") if inside else ""
+        exchanged = f"t.exchange({value}, {mask})[({source}) & t.whole_warp({clamp})]"
+        return self._give(to, "b32", exchanged) + told
 
     def _redux(self, i: Instruction) -> str:
         (kind,) = self._only(i, {"sync", "add", "max", "min", "or", "and"})
@@ -376,6 +396,19 @@ class _Writer:
             f"for (int lane = 1; lane < 32; ++lane) made = {function}<{kind}>(made, static_cast<{kind}>(all[lane])); "
             f"{self._give(i.operands[0], kind, 'made')} }}"
         )
+
+    # Copies that happen later.
+
+    def _cp(self, i: Instruction) -> str:
+        if i.modifiers == ("async", "commit_group"):
+            return "t.end_copies();"
+        if i.modifiers == ("async", "wait_group"):
+            return f"t.await_copies({int(i.operands[0])});"
+        if i.modifiers[0] != "async" or set(i.modifiers[1:]) - {"cg", "ca", "shared", "global"}:
+            raise ValueError("copy")
+        to, source = (self._address(o) for o in i.operands[:2])
+        given = self._take(i.operands[3], "b32") if len(i.operands) > 3 else i.operands[2]
+        return f"t.copy({to}, {source}, {int(i.operands[2])}, {given});"
 
     # Where it goes on.
 
