@@ -1,4 +1,5 @@
 // The launches of scaled.hpp: how a region is cut, and which passes it takes.
+#include <algorithm>
 #include <string>
 
 #include "cuda/blocks_kernel.hpp"
@@ -54,15 +55,18 @@ void launch_tiles(ScaledParams& params, std::size_t units, std::size_t values, S
     launch<Kernel<false>>(blocks, shared, params, stream);
 }
 
+bool is_wide(const void* data, std::ptrdiff_t pitch) {
+  return data != nullptr && reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && pitch % 16 == 0;
+}
+
 // Whether every block of the output lies in one cell of an operand's grid, and 16 bytes can be read at once.
 bool suits_blocks(const Matrix& matrix) {
   const Scales& s = matrix.scales;
   const auto divides = [](std::uint32_t unit, std::uint32_t phase) {
     return unit == 0 || (unit % kSide == 0 && phase % kSide == 0);
   };
-  return matrix.data != nullptr && matrix.codec == Codec::f8_e4m3 && s.data != nullptr &&
-         divides(s.rows, s.row_phase) && divides(s.cols, s.col_phase) && is_aligned(matrix.data, 16) &&
-         matrix.pitch % 16 == 0;
+  return matrix.codec == Codec::f8_e4m3 && s.data != nullptr && divides(s.rows, s.row_phase) &&
+         divides(s.cols, s.col_phase) && is_wide(matrix.data, matrix.pitch);
 }
 
 // Whether a merge is BlocksKernel's.
@@ -70,8 +74,8 @@ bool suits_blocks(const ScaledMerge& job, const MatrixTerm* terms) {
   if (job.n_terms != 1 || job.grid_rows != kSide || job.grid_cols != kSide || job.cols % 16 != 0) return false;
   if (job.recipe.codec != Codec::f8_e4m3 || job.recipe.values_bf16) return false;
   const double weight = terms[0].alpha < 0.0 ? -terms[0].alpha : terms[0].alpha;
-  return weight >= 0x1p-64 && weight <= 0x1p64 && is_aligned(job.out, 16) && job.out_pitch % 16 == 0 &&
-         suits_blocks(job.new_base) && suits_blocks(terms[0].post) && suits_blocks(terms[0].base);
+  return weight >= 0x1p-64 && weight <= 0x1p64 && is_wide(job.out, job.out_pitch) && suits_blocks(job.new_base) &&
+         suits_blocks(terms[0].post) && suits_blocks(terms[0].base);
 }
 
 template <bool kPower>
@@ -82,7 +86,7 @@ void launch_blocks(BlocksParams& params, int device, Stream stream) {
   params.ahead = on.shared_bytes >= Kernel::kBlocksPerProcessor * (Kernel::shared_bytes(kMostTilesAhead) + 1024)
                      ? kMostTilesAhead
                      : 1;
-  params.stride = least(params.tiles, static_cast<std::uint32_t>(on.count * Kernel::kBlocksPerProcessor));
+  params.stride = std::min(params.tiles, static_cast<std::uint32_t>(on.count * Kernel::kBlocksPerProcessor));
   params.stride_down = params.stride / params.scaled.tiles_across;
   params.stride_across = params.stride % params.scaled.tiles_across;
   launch<Kernel>(params.stride, Kernel::shared_bytes(params.ahead), params, stream);
