@@ -9,7 +9,7 @@ TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n + (n + 1) 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc -name '*.?pp' -o -name '*.cu' 2>/dev/null)
-CPP := $(shell find csrc benchmarks -name '*.?pp' -o -name '*.cu' 2>/dev/null)
+CPP := $(shell find csrc benchmarks tests -name '*.?pp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mergekit lint format reference bench gpu experiments fuzz sanitize wheel sdist clean

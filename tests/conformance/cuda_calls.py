@@ -1,6 +1,6 @@
 """Calls of the kernels for devices, for the conformance suite: ``cuda`` and ``triton`` on a device; ``cuda-host`` the
-bodies of the former compiled for the host, ``cuda-ptx`` what nvcc makes of them on an emulated device (tests/emulation).
-In Triton's interpreter (TRITON_INTERPRET=1) ``triton`` takes the host's memory."""
+bodies of the former compiled for the host; ``cuda-ptx`` and ``triton-ptx`` what nvcc and Triton's compiler make, on an
+emulated device (tests/emulation). In Triton's interpreter (TRITON_INTERPRET=1) ``triton`` takes the host's memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from paramdelta.backends import triton
 from paramdelta.dtypes import DType
 
 sys.path.append(str(Path(__file__).parents[1] / "emulation"))
-import emulated_cuda  # noqa: E402
-import emulated_triton  # noqa: E402
+import emulated_cuda
+import emulated_triton
 
 KERNELS = ("cuda-host", "cuda-ptx", "cuda", "triton-ptx", "triton")
 BUILDS: dict[str, Any] = {"cuda-host": cuda_on_host, "cuda-ptx": emulated_cuda, "triton-ptx": emulated_triton}

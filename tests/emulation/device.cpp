@@ -1,5 +1,5 @@
-// Blocks of fibers. A fiber runs until it waits or ends; then the next one runs, in an order that is drawn anew for each
-// block: what needs a barrier and has none comes out differently from one run to the next.
+// Blocks of fibers. A fiber runs until it waits or ends; then the next one runs, in an order that is drawn anew for
+// each block: what needs a barrier and has none comes out differently from one run to the next.
 #include "device.hpp"
 
 #include <sys/mman.h>
@@ -247,8 +247,8 @@ void Thread::check(b64 address, std::size_t bytes) const {
     return;
   const Range range = range_of(address);
   if (!within(range.begin, range.end - range.begin))
-    throw Fault(kIllegalAddress, std::to_string(bytes) + " bytes at " + hexadecimal(address) +
-                                     ", which no allocation has");
+    throw Fault(kIllegalAddress,
+                std::to_string(bytes) + " bytes at " + hexadecimal(address) + ", which no allocation has");
   b.recent[b.next_recent++ % 8] = range;
 }
 
@@ -259,8 +259,8 @@ b32 Thread::whole_warp(b32 clamp) const {
 
 namespace {
 
-// A binary format with `mantissa` bits and a bias: the value of a code's magnitude, and the code nearest to a magnitude,
-// even where two are, as if exponents had no end.
+// A binary format with `mantissa` bits and a bias: the value of a code's magnitude, and the code nearest to a
+// magnitude, even where two are, as if exponents had no end.
 double value_of(b32 code, int mantissa, int bias) {
   const int exponent = static_cast<int>(code >> mantissa);
   const b32 fraction = code & ((1u << mantissa) - 1);
@@ -356,8 +356,8 @@ bool is_allowed(const void* memory, std::size_t bytes) {
 void execute(const std::string& name, b32 blocks, b32 threads, std::size_t shared_bytes,
              std::vector<std::byte> parameters, std::uint64_t seed) {
   if (threads == 0 || threads > 1024 || shared_bytes > kMostShared)
-    throw Fault(kInvalidValue, "a block of " + std::to_string(threads) + " threads and " + std::to_string(shared_bytes) +
-                                   " bytes of shared memory");
+    throw Fault(kInvalidValue, "a block of " + std::to_string(threads) + " threads and " +
+                                   std::to_string(shared_bytes) + " bytes of shared memory");
   Block block;
   block.entry = kernel_of(name).entry;
   block.parameters = parameters.data();

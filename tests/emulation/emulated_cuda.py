@@ -1,8 +1,8 @@
 """The extension paramdelta._cuda on an emulated GPU: nvcc's host code and nvcc's PTX, with neither a GPU nor a driver.
 
-``module()`` compiles csrc/cuda with nvcc, translates the PTX of its kernels to C++ (``translate.py``), and links both with
-an emulated device and runtime (``device.cpp``, ``runtime.cpp``) in place of CUDA's. It lies in build/emulated/ and is made
-again when a source is newer. ``library()`` is the emulated device alone.
+``module()`` compiles csrc/cuda with nvcc, translates the PTX of its kernels to C++ (``translate.py``), and links both
+with an emulated device and runtime (``device.cpp``, ``runtime.cpp``) in place of CUDA's. It lies in build/emulated/ and
+is made again when a source is newer. ``library()`` is the emulated device alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "emulated"
 NAME = "_cuda_emulated"
-TARGET = "90"
+TARGET = os.environ.get("PARAMDELTA_EMULATED_TARGET", "90")  # whose PTX
 # Arithmetic as it is written, and little time for what is run once.
 CXX_FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-pthread"]
 
@@ -58,16 +58,31 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-@functools.lru_cache(maxsize=1)
 def module() -> ModuleType:
-    """Return the extension, made where need be."""
+    """Return the extension, made where need be. What fails once is not tried again."""
+    made = _module()
+    if isinstance(made, Exception):
+        raise made
+    return made
+
+
+@functools.lru_cache(maxsize=1)
+def _module() -> ModuleType | Exception:
     library()
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     binding = ROOT / "csrc" / "python" / "bind_cuda.cpp"
-    target = FOLDER / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [*kernels, *(ROOT / "csrc" / "python").glob("*.cpp"), *(ROOT / "csrc").rglob("*.hpp"), *HERE.glob("*.hpp")]
-    sources += [HERE / "ptx.py", HERE / "translate.py"]
-    make_once(target, sources, lambda to: _extension(kernels, binding, to))
+    target = FOLDER / f"sm_{TARGET}" / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [
+        *kernels,
+        *(ROOT / "csrc" / "python").glob("*.cpp"),
+        *(ROOT / "csrc").rglob("*.hpp"),
+        *HERE.glob("*.hpp"),
+    ]
+    sources += [HERE / name for name in ("ptx.py", "translate.py", "instructions.py")]
+    try:
+        make_once(target, sources, lambda to: _extension(kernels, binding, to))
+    except (subprocess.CalledProcessError, ValueError) as error:
+        return error
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(target))
     spec = importlib.util.spec_from_file_location(NAME, target, loader=loader)
     assert spec is not None
@@ -165,8 +180,8 @@ def _objects(sources: Sequence[Path], flags: Sequence[str]) -> list[Path]:
 
 def make_once(target: Path, sources: Sequence[Path], make: Callable[[Path], None]) -> None:
     """Make a file where a source is newer, or it is not there: of several workers that come here at once, one does."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / f"{target.name}.lock", "w") as lock:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists() or target.stat().st_mtime < max((s.stat().st_mtime for s in sources), default=0.0):
             made = target.with_name(f"{target.stem}.made{target.suffix}")  # what is cut short leaves no half of a file
@@ -186,7 +201,8 @@ def _includes() -> str:
 @functools.lru_cache(maxsize=1)
 def _setup() -> ModuleType:
     spec = importlib.util.spec_from_file_location("setup_cuda", ROOT / "setup_cuda.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded

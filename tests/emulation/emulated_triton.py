@@ -21,7 +21,13 @@ import pytest
 from paramdelta.backends import triton as backend
 
 ARCHITECTURE = 90
-INTEGERS = {"i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
+INTEGERS = {
+    "i1": ctypes.c_int8,
+    "i8": ctypes.c_int8,
+    "i16": ctypes.c_int16,
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+}
 
 
 def why_not() -> str | None:
@@ -102,7 +108,7 @@ class Launcher:
         self._signature = list(source.signature.values())
         self._threads = metadata.num_warps * 32
         self._shared = metadata.shared
-        assert not (metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas > 1)
+        assert (metadata.global_scratch_size, metadata.profile_scratch_size, metadata.num_ctas) == (0, 0, 1)
 
     def __call__(self, across: int, down: int, deep: int, stream: int, function: str, *rest: Any) -> None:
         assert down == deep == 1
@@ -123,7 +129,7 @@ def _packed(signature: Sequence[Any], values: Sequence[Any]) -> Iterator[Any]:
             yield INTEGERS[kind](value)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(text: str) -> str:
     """Make a kernel known under a name of its own, and return that."""
     (name,) = re.findall(r"\.visible \.entry (\w+)", text)

@@ -1,5 +1,6 @@
-// What translated kernels (translate.py) run on: threads of a block as fibers that take turns at barriers and exchanges,
-// shared memory, and accesses that are checked as a GPU checks them, and more: alignment, and that memory is allocated.
+// What translated kernels (translate.py) run on: threads of a block as fibers that take turns at barriers and
+// exchanges, shared memory, and accesses that are checked as a GPU checks them, and more: alignment, and that memory is
+// allocated.
 #pragma once
 
 #include <cmath>
@@ -112,7 +113,8 @@ inline T bits(b64 word) {
   return get<T>(static_cast<W>(word));
 }
 
-// NaNs of binary32 arithmetic are one code on a GPU; of binary64 nobody says which, and here it is another than a CPU's.
+// NaNs of binary32 arithmetic are one code on a GPU; of binary64 nobody says which, and here it is another than a
+// CPU's.
 inline f32 made(f32 x) { return std::isnan(x) ? bits<f32>(0x7FFFFFFFu) : x; }
 inline f64 made(f64 x) { return std::isnan(x) ? bits<f64>(0xFFFFFFFFFFFFFFFFull) : x; }
 template <class T>
@@ -121,24 +123,31 @@ inline std::enable_if_t<!std::is_floating_point_v<T>, T> made(T x) {
 }
 
 template <class T>
-using word_of = std::conditional_t<sizeof(T) == 1, b8,
-                                   std::conditional_t<sizeof(T) == 2, b16, std::conditional_t<sizeof(T) == 4, b32, b64>>>;
+using word_of =
+    std::conditional_t<sizeof(T) == 1, b8,
+                       std::conditional_t<sizeof(T) == 2, b16, std::conditional_t<sizeof(T) == 4, b32, b64>>>;
 
 // Integers wrap around: they are added as words without sign.
 template <class T>
 inline T add(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return made(a + b);
-  else return static_cast<T>(static_cast<word_of<T>>(static_cast<b64>(a) + static_cast<b64>(b)));
+  if constexpr (std::is_floating_point_v<T>)
+    return made(a + b);
+  else
+    return static_cast<T>(static_cast<word_of<T>>(static_cast<b64>(a) + static_cast<b64>(b)));
 }
 template <class T>
 inline T sub(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return made(a - b);
-  else return static_cast<T>(static_cast<word_of<T>>(static_cast<b64>(a) - static_cast<b64>(b)));
+  if constexpr (std::is_floating_point_v<T>)
+    return made(a - b);
+  else
+    return static_cast<T>(static_cast<word_of<T>>(static_cast<b64>(a) - static_cast<b64>(b)));
 }
 template <class T>
 inline T mul(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return made(a * b);
-  else return static_cast<T>(static_cast<word_of<T>>(static_cast<b64>(a) * static_cast<b64>(b)));
+  if constexpr (std::is_floating_point_v<T>)
+    return made(a * b);
+  else
+    return static_cast<T>(static_cast<word_of<T>>(static_cast<b64>(a) * static_cast<b64>(b)));
 }
 template <class T>
 using wider = std::conditional_t<std::is_signed_v<T>, std::conditional_t<sizeof(T) == 2, s32, s64>,
@@ -166,8 +175,10 @@ inline T fma(T a, T b, T c) {
 }
 template <class T>
 inline T div(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return made(a / b);
-  else return b == 0 ? static_cast<T>(-1) : static_cast<T>(a / b);
+  if constexpr (std::is_floating_point_v<T>)
+    return made(a / b);
+  else
+    return b == 0 ? static_cast<T>(-1) : static_cast<T>(a / b);
 }
 template <class T>
 inline T rem(T a, T b) {
@@ -198,13 +209,17 @@ inline T max(T a, T b) {
 }
 template <class T>
 inline T neg(T a) {
-  if constexpr (std::is_floating_point_v<T>) return -a;
-  else return sub<T>(T{0}, a);
+  if constexpr (std::is_floating_point_v<T>)
+    return -a;
+  else
+    return sub<T>(T{0}, a);
 }
 template <class T>
 inline T abs(T a) {
-  if constexpr (std::is_floating_point_v<T>) return std::fabs(a);
-  else return a < 0 ? neg<T>(a) : a;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fabs(a);
+  else
+    return a < 0 ? neg<T>(a) : a;
 }
 template <class T>
 inline T and_(T a, T b) {
@@ -220,8 +235,10 @@ inline T xor_(T a, T b) {
 }
 template <class T>
 inline T not_(T a) {
-  if constexpr (std::is_same_v<T, bool>) return !a;
-  else return static_cast<T>(~a);
+  if constexpr (std::is_same_v<T, bool>)
+    return !a;
+  else
+    return static_cast<T>(~a);
 }
 // Shifts by a type's width or more give zero, or the sign.
 template <class T>
@@ -275,9 +292,7 @@ inline b32 lop3(b32 a, b32 b, b32 c, b32 table) {
     if (table >> i & 1) made |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return made;
 }
-inline b32 shf_l(b32 low, b32 high, b32 n) {
-  return static_cast<b32>((static_cast<b64>(high) << 32 | low) << n >> 32);
-}
+inline b32 shf_l(b32 low, b32 high, b32 n) { return static_cast<b32>((static_cast<b64>(high) << 32 | low) << n >> 32); }
 inline b32 shf_r(b32 low, b32 high, b32 n) { return static_cast<b32>((static_cast<b64>(high) << 32 | low) >> n); }
 
 // Conversions. From floating point to integers: towards zero, clamped, NaN to zero.
@@ -297,8 +312,8 @@ inline To cvt(From x) {
   }
 }
 
-// Codes of types that C++ has not, rounded to nearest even; e4m3, which has no Inf, is ±448 at most. NaN is the code that
-// a GPU makes.
+// Codes of types that C++ has not, rounded to nearest even; e4m3, which has no Inf, is ±448 at most. NaN is the code
+// that a GPU makes.
 b16 f16(f32 x);
 b16 bf16(f32 x);
 b16 e4m3(f32 x);
@@ -307,8 +322,10 @@ f32 e4m3_value(b16 code);
 
 template <class T>
 inline bool unordered(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return std::isnan(a) || std::isnan(b);
-  else return false;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::isnan(a) || std::isnan(b);
+  else
+    return false;
 }
 
 // Memory that is global or generic.
@@ -338,14 +355,16 @@ inline T atomic_or(T* at, T value) {
 template <class T>
 inline T atomic_max(T* at, T value) {
   T before = __atomic_load_n(at, __ATOMIC_RELAXED);
-  while (before < value && !__atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+  while (before < value &&
+         !__atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
   }
   return before;
 }
 template <class T>
 inline T atomic_min(T* at, T value) {
   T before = __atomic_load_n(at, __ATOMIC_RELAXED);
-  while (value < before && !__atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+  while (value < before &&
+         !__atomic_compare_exchange_n(at, &before, value, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
   }
   return before;
 }

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 # What a register or a place in memory holds: the width in bits.
 WIDTHS = {
     **{f"{kind}{width}": width for kind in "bus" for width in (8, 16, 32, 64)},
-    **{"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "pred": 1},
+    "f16": 16,
+    "bf16": 16,
+    "f32": 32,
+    "f64": 64,
+    "pred": 1,
 }
 
 
@@ -82,7 +86,9 @@ class _Reader:
         functions, shared = [], []
         while self._skip_space():
             start = self.at
-            match = re.compile(r"(?:\.(?:visible|weak|extern|common)\s+)*\.(entry|func|shared)\b").match(self.text, start)
+            match = re.compile(r"(?:\.(?:visible|weak|extern|common)\s+)*\.(entry|func|shared)\b").match(
+                self.text, start
+            )
             if match is None:
                 raise ValueError(f"PTX: not known: {self.text[start : start + 80]!r}")
             self.at = match.end()

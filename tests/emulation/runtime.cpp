@@ -1,147 +1,14 @@
 // CUDA's runtime on the emulated device, as far as the extension calls it: what libcudart_static.a is to a GPU. Streams
-// are threads, so that what is enqueued happens later, and beside everything else. Calls are counted, copies of memory that
-// is not page-locked among them, and can be made to fail; an error of a kernel stays, as on a GPU.
-#include <cuda_runtime_api.h>
-
-#include <chrono>
-#include <condition_variable>
+// are threads, so that what is enqueued happens later, and beside everything else. Calls are counted, copies of memory
+// that is not page-locked among them, and can be made to fail; an error of a kernel stays, as on a GPU.
+#include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <random>
-#include <set>
-#include <string>
-#include <thread>
 
-#include "device.hpp"
+#include "streams.hpp"
 
 namespace {
 
-using emulated::Fault;
-
-struct State {
-  std::mutex mutex;
-  std::map<const void*, std::string> kernels;  // by their host function
-  std::map<std::string, std::pair<int, int>> failing;
-  std::map<std::string, int> calls;
-  std::set<void*> pinned;
-  std::set<CUstream_st*> streams;
-  std::map<std::uintptr_t, std::size_t> device_bytes;
-  std::size_t in_use = 0, most = 0;
-  int sticky = cudaSuccess;  // a kernel's error: all calls return it
-  std::string text;
-  std::uint64_t seed = 1;
-};
-
-State& state() {
-  static State one;
-  return one;
-}
-
-thread_local int last = cudaSuccess;
-thread_local int current_device = 0;
-
-cudaError_t returned(int code) {
-  if (code != cudaSuccess) last = code;
-  return static_cast<cudaError_t>(code);
-}
-
-// Counts a call, and says what it returns before it has done anything.
-int begin(const char* call) {
-  State& s = state();
-  const std::lock_guard lock(s.mutex);
-  const int n = ++s.calls[call];
-  const auto failing = s.failing.find(call);
-  if (failing != s.failing.end() && failing->second.first == n) {
-    s.text = "as was asked for";
-    return failing->second.second;
-  }
-  return s.sticky;
-}
-
-int refused(int code, const std::string& text) {
-  State& s = state();
-  const std::lock_guard lock(s.mutex);
-  s.text = text;
-  return code;
-}
-
-}  // namespace
-
-struct CUstream_st {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::deque<std::function<void()>> work;
-  bool busy = false, ends = false;
-  std::mt19937_64 draw;
-  std::thread thread;
-
-  explicit CUstream_st(std::uint64_t seed) : draw(seed), thread([this] { run(); }) {}
-  ~CUstream_st() {
-    {
-      const std::lock_guard lock(mutex);
-      ends = true;
-    }
-    changed.notify_all();
-    thread.join();
-  }
-  void enqueue(std::function<void()> function) {
-    {
-      const std::lock_guard lock(mutex);
-      work.push_back(std::move(function));
-    }
-    changed.notify_all();
-  }
-  void finish() {
-    std::unique_lock lock(mutex);
-    changed.wait(lock, [this] { return work.empty() && !busy; });
-  }
-
- private:
-  void run() {
-    std::unique_lock lock(mutex);
-    while (true) {
-      changed.wait(lock, [this] { return ends || !work.empty(); });
-      if (work.empty()) return;
-      const auto function = std::move(work.front());
-      work.pop_front();
-      busy = true;
-      lock.unlock();
-      // Now and then others go first.
-      if (draw() % 8 == 0) std::this_thread::sleep_for(std::chrono::microseconds(draw() % 200));
-      bool skip;
-      {
-        const std::lock_guard all(state().mutex);
-        skip = state().sticky != cudaSuccess;
-      }
-      try {
-        if (!skip) function();
-      } catch (const Fault& fault) {
-        const std::lock_guard all(state().mutex);
-        state().sticky = fault.code;
-        state().text = fault.what();
-      }
-      lock.lock();
-      busy = false;
-      changed.notify_all();
-    }
-  }
-};
-
-struct Rounds {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::uint64_t recorded = 0, happened = 0;
-};
-
-struct CUevent_st {
-  std::shared_ptr<Rounds> rounds = std::make_shared<Rounds>();  // a stream may come to it after it is destroyed
-};
-
-namespace {
+using namespace emulated;
 
 cudaStream_t stream_of(cudaStream_t stream) {
   static CUstream_st* const first = new CUstream_st(0);  // the default stream lives as long as the process
@@ -168,7 +35,8 @@ thread_local Configuration configuration;
 
 int launch(const void* function, dim3 grid, dim3 block, void** arguments, std::size_t shared, cudaStream_t stream) {
   if (const int code = begin("cudaLaunchKernel"); code != cudaSuccess) return code;
-  if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) return refused(cudaErrorInvalidValue, "a grid of planes");
+  if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1)
+    return refused(cudaErrorInvalidValue, "a grid of planes");
   std::string name;
   std::uint64_t seed;
   {
@@ -217,7 +85,9 @@ __attribute__((visibility("default"))) void emulated_reset() {
   s.most = s.in_use;
   last = cudaSuccess;
 }
-__attribute__((visibility("default"))) std::size_t emulated_memory(int most) { return most ? state().most : state().in_use; }
+__attribute__((visibility("default"))) std::size_t emulated_memory(int most) {
+  return most ? state().most : state().in_use;
+}
 __attribute__((visibility("default"))) std::size_t emulated_pinned() { return state().pinned.size(); }
 
 // Kernels that nobody registers with the runtime, such as Triton's: run at once. Returns 0, or the error's code.
@@ -238,7 +108,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   const std::lock_guard lock(state().mutex);
   state().kernels[host] = name;
 }
@@ -271,7 +142,11 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
                       : cudaSuccess);
 }
 
-// The device.
+// The device. PARAMDELTA_EMULATED_SHARED is how much shared memory a processor has: kernels may ask.
+static int shared_bytes() {
+  const char* given = std::getenv("PARAMDELTA_EMULATED_SHARED");
+  return given == nullptr ? 228 * 1024 : std::atoi(given);
+}
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -282,14 +157,18 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   std::memset(properties, 0, sizeof(*properties));
   std::strcpy(properties->name, "emulated");
   properties->major = 9;
-  properties->multiProcessorCount = 1;
+  properties->multiProcessorCount = 2;
   properties->totalGlobalMem = std::size_t{1} << 30;
   properties->sharedMemPerBlockOptin = emulated::kMostShared;
   return returned(begin("cudaGetDeviceProperties"));
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrSingleToDoublePrecisionPerfRatio ? 2 : 0;
-  return attribute == cudaDevAttrSingleToDoublePrecisionPerfRatio ? cudaSuccess : returned(cudaErrorInvalidValue);
+  switch (attribute) {
+    case cudaDevAttrSingleToDoublePrecisionPerfRatio: return *value = 2, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: return *value = 2, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return *value = shared_bytes(), cudaSuccess;
+    default: return returned(refused(cudaErrorInvalidValue, "an attribute that is not known here"));
+  }
 }
 cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) {

@@ -23,12 +23,28 @@ import translate
 
 pytestmark = pytest.mark.skipif(emulated_cuda.why_not() is not None, reason=str(emulated_cuda.why_not()))
 
-HEAD = ".version 9.0\n.target sm_90\n.address_size 64\n.extern .shared .align 16 .b8 memory[];\n"
+PROGRAMS = (Path(__file__).parent / "programs.ptx").read_text()
+HEAD = PROGRAMS[: PROGRAMS.index(".visible")]
 THREADS = 256
 INTEGERS = [0, 1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 255, 0x7F80, 0x8000, 0xFFFF, 0x12345678, 0x7FFFFFFF, 0x80000000]
 INTEGERS += [0xFFFFFFFF, 0x0123456789ABCDEF, 0x7FFFFFFFFFFFFFFF, 0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x5410, 0xBA98]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 1.5, 2.5, -2.5, 3e-39, -3e-39, 1e38, 3e38, -3e38, 2.0**-149, math.inf, -math.inf]
-FLOATS += [447.0, 448.0, 464.0, 465.0, 1.0625, 1.1875, 2.0**-10, 65504.0, 65519.0, 65520.0, 6e-8, 2.9e-8, 3e-8, 1.00390625]
+FLOATS += [
+    447.0,
+    448.0,
+    464.0,
+    465.0,
+    1.0625,
+    1.1875,
+    2.0**-10,
+    65504.0,
+    65519.0,
+    65520.0,
+    6e-8,
+    2.9e-8,
+    3e-8,
+    1.00390625,
+]
 FLOATS += [math.nan, 1 / 3, 0.1, 2147483647.0, 2147483648.0, -2147483649.0, 4294967296.0, 1e300, 5e-324, 1 + 2.0**-24]
 
 
@@ -39,7 +55,9 @@ def signed(x: int, width: int) -> int:
 
 def bfe(a: int, position: int, length: int, width: int, sign: bool) -> int:
     position, length = position & 255, length & 255
-    bits = [(a >> min(i, width - 1) if sign else a >> i if i < width else 0) & 1 for i in range(position, position + length)]
+    bits = [
+        (a >> min(i, width - 1) if sign else a >> i if i < width else 0) & 1 for i in range(position, position + length)
+    ]
     value = sum(bit << i for i, bit in enumerate(bits[:width]))
     return value | -(1 << min(length, width)) if sign and length and bits[min(length, width) - 1] else value
 
@@ -78,7 +96,7 @@ def two(a: Any, b: Any, kind: Any, nan: int) -> int:
     return codes[0] << width | codes[1]
 
 
-# The instruction, with %a, %b, %c for operands and %d for the result; the type of operands; that of the result; what it is.
+# The instruction, with %a, %b, %c for operands and %d for the result; the types of operands and result; what it does.
 INSTRUCTIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "add.s32 %d, %a, %b": ("b32", "b32", lambda a, b, c: a + b),
     "sub.s64 %d, %a, %b": ("b64", "b64", lambda a, b, c: a - b),
@@ -119,13 +137,28 @@ INSTRUCTIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "cvt.rn.f16x2.f32 %d, %a, %b": ("f32", "b32", lambda a, b, c: two(a, b, np.float16, 0x7FFF)),
     "cvt.rn.bf16x2.f32 %d, %a, %b": ("f32", "b32", lambda a, b, c: two(a, b, ml_dtypes.bfloat16, 0x7FFF)),
     "cvt.rn.satfinite.e4m3x2.f32 %h, %a, %b; cvt.u32.u16 %d, %h": (
-        "f32", "b32", lambda a, b, c: two(a, b, ml_dtypes.float8_e4m3fn, 0x7F)
+        "f32",
+        "b32",
+        lambda a, b, c: two(a, b, ml_dtypes.float8_e4m3fn, 0x7F),
     ),
-    "cvt.u16.u32 %h, %a; cvt.rn.f16x2.e4m3x2 %d, %h": ("b32", "b32", lambda a, b, c: sum(
-        (0x7FFF if code & 0x7F == 0x7F else int(np.uint8(code).view(ml_dtypes.float8_e4m3fn).astype(np.float16).view("u2")))
-        << shift for code, shift in ((a & 255, 0), (a >> 8 & 255, 16))
-    )),
-    "cvt.u16.u32 %h, %a; cvt.f32.f16 %d, %h": ("b32", "f32", lambda a, b, c: np.float32(np.uint16(a & 0xFFFF).view("f2"))),
+    "cvt.u16.u32 %h, %a; cvt.rn.f16x2.e4m3x2 %d, %h": (
+        "b32",
+        "b32",
+        lambda a, b, c: sum(
+            (
+                0x7FFF
+                if code & 0x7F == 0x7F
+                else int(np.uint8(code).view(ml_dtypes.float8_e4m3fn).astype(np.float16).view("u2"))
+            )
+            << shift
+            for code, shift in ((a & 255, 0), (a >> 8 & 255, 16))
+        ),
+    ),
+    "cvt.u16.u32 %h, %a; cvt.f32.f16 %d, %h": (
+        "b32",
+        "f32",
+        lambda a, b, c: np.float32(np.uint16(a & 0xFFFF).view("f2")),
+    ),
     "abs.f32 %d, %a": ("f32", "f32", lambda a, b, c: abs(a)),
     "neg.f64 %d, %a": ("f64", "f64", lambda a, b, c: -a),
 }
@@ -136,7 +169,11 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "num": lambda a, b: a == a and b == b, "nan": lambda a, b: a != a or b != b,
 }  # fmt: skip
 for name, holds in COMPARISONS.items():
-    INSTRUCTIONS[f"setp.{name}.f32 %p, %a, %b; selp.b32 %d, 1, 0, %p"] = ("f32", "b32", lambda a, b, c, h=holds: int(h(a, b)))
+    INSTRUCTIONS[f"setp.{name}.f32 %p, %a, %b; selp.b32 %d, 1, 0, %p"] = (
+        "f32",
+        "b32",
+        lambda a, b, c, h=holds: int(h(a, b)),
+    )
 
 TYPES = {"b32": np.uint32, "b64": np.uint64, "f32": np.float32, "f64": np.float64}
 PREFIX = {"b32": "%r", "b64": "%rd", "f32": "%f", "f64": "%fd"}
@@ -149,23 +186,25 @@ def kernel(name: str, text: str, taken: str, given: str) -> str:
     body = re.sub(r"%[abcd]\b", lambda match: registers[match[0]], text).replace("%p", "%p1").replace("%h", "%rs1")
     loads = "".join(f"ld.global.{taken} {PREFIX[taken]}{i}, [%rd3{i}];\n" for i in (1, 2, 3))
     places = "".join(
-        f"ld.param.u64 %rd2{i}, [{name}_param_{i - 1}]; mad.wide.u32 %rd3{i}, %r20, {size if i < 4 else out}, %rd2{i};\n"
+        f"ld.param.u64 %rd2{i}, [{name}_param_{i - 1}];\n"
+        f"mad.wide.u32 %rd3{i}, %r20, {size if i < 4 else out}, %rd2{i};\n"
         for i in (1, 2, 3, 4)
     )
     parameters = ", ".join(f".param .u64 {name}_param_{i}" for i in range(4))
     return (
         f".visible .entry {name}({parameters}) {{\n"
-        ".reg .pred %p<4>; .reg .b16 %rs<3>; .reg .b32 %r<40>; .reg .b64 %rd<40>; .reg .f32 %f<10>; .reg .f64 %fd<10>;\n"
+        ".reg .pred %p<4>; .reg .b16 %rs<3>; .reg .b32 %r<40>; .reg .b64 %rd<40>;\n"
+        ".reg .f32 %f<10>; .reg .f64 %fd<10>;\n"
         f"mov.u32 %r20, %tid.x;\n{places}{loads}{body};\nst.global.{given} [%rd34], {PREFIX[given]}9;\nret;\n}}\n"
     )
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    text = HEAD + "".join(kernel(f"k{i}", each, *types[:2]) for i, (each, types) in enumerate(INSTRUCTIONS.items()))
+    text = PROGRAMS + "".join(kernel(f"k{i}", each, *types[:2]) for i, (each, types) in enumerate(INSTRUCTIONS.items()))
     emulated_cuda.library()
     target = tmp_path_factory.mktemp("kernels") / "instructions.so"
-    emulated_cuda.compile_ptx(text + PROGRAMS, target)
+    emulated_cuda.compile_ptx(text, target)
     ctypes.CDLL(str(target))
 
 
@@ -196,39 +235,12 @@ def test_instructions_do_what_they_are_defined_to_do(kernels: None, instruction:
         for *triple, value in zip(*operands, found, strict=True):
             expected = definition(*(x if taken.startswith("f") else int(x) for x in triple))
             if given.startswith("f"):
-                same = value.tobytes() == TYPES[given](expected).tobytes() or (math.isnan(value) and math.isnan(expected))
+                same = value.tobytes() == TYPES[given](expected).tobytes() or (
+                    math.isnan(value) and math.isnan(expected)
+                )
             else:
                 same = int(value) == int(expected) & ((1 << int(given[1:])) - 1)
             assert same, f"{instruction}: {triple} gives {value}, expected {expected}"
-
-
-PROGRAMS = """
-.visible .entry wide(.param .u64 wide_param_0) { .reg .b64 %rd<3>; .reg .b32 %r<5>;
-ld.param.u64 %rd1, [wide_param_0]; ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1]; st.global.v4.u32 [%rd1], {%r4, %r3, %r2, %r1}; ret; }
-.visible .entry local(.param .u64 local_param_0) { .local .align 8 .b8 depot[16]; .reg .b64 %rd<5>; .reg .b32 %r<5>;
-mov.u64 %rd1, depot; st.local.u32 [%rd1+4], 7; cvta.local.u64 %rd2, %rd1; ld.u32 %r1, [%rd2+4];
-ld.param.u64 %rd3, [local_param_0]; st.global.u32 [%rd3], %r1; ret; }
-.visible .entry shared(.param .u64 shared_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>; .reg .pred %p<3>;
-mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; mov.u32 %r3, memory; add.s32 %r4, %r3, %r2; st.shared.u32 [%r4], %r1;
-bar.sync 0; xor.b32 %r5, %r2, 1020; ld.shared.u32 %r6, [%r5]; ld.param.u64 %rd1, [shared_param_0];
-mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; st.global.u32 [%rd3], %r6; ret; }
-.visible .entry racing(.param .u64 racing_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>;
-mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; st.shared.u32 [%r2], %r1; xor.b32 %r5, %r2, 1020; ld.shared.u32 %r6, [%r5];
-ld.param.u64 %rd1, [racing_param_0]; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; st.global.u32 [%rd3], %r6; ret; }
-.visible .entry waiting(.param .u64 waiting_param_0) { .reg .b32 %r<5>; .reg .pred %p<3>;
-mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 0; @%p1 bra $end; shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1; $end: bar.sync 0; ret; }
-.visible .entry copying(.param .u64 copying_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>;
-ld.param.u64 %rd1, [copying_param_0]; mov.u32 %r1, memory; st.shared.v4.u32 [%r1], {5, 5, 5, 5};
-cp.async.cg.shared.global [%r1], [%rd1], 16, 8; cp.async.commit_group; cp.async.cg.shared.global [%r1+16], [%rd1], 16;
-cp.async.commit_group; ld.shared.u32 %r2, [%r1]; cp.async.wait_group 1; ld.shared.u32 %r3, [%r1]; ld.shared.u32 %r4, [%r1+12];
-ld.shared.u32 %r5, [%r1+16]; cp.async.wait_group 0; ld.shared.u32 %r6, [%r1+16];
-st.global.u32 [%rd1], %r2; st.global.u32 [%rd1+4], %r3; st.global.u32 [%rd1+8], %r4; st.global.u32 [%rd1+12], %r5;
-st.global.u32 [%rd1+16], %r6; ret; }
-.visible .entry sums(.param .u64 sums_param_0) { .reg .b64 %rd<5>; .reg .b32 %r<9>; .reg .f64 %fd<3>;
-ld.param.u64 %rd1, [sums_param_0]; mov.u32 %r1, %tid.x; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1; sub.s32 %r3, %r2, %r1;
-abs.s32 %r4, %r3; atom.global.add.u32 %r5, [%rd1], %r4; redux.sync.add.s32 %r6, %r1, -1; atom.global.max.u32 %r7, [%rd1+4], %r6;
-cvt.rn.f64.u32 %fd1, %r1; atom.global.add.f64 %fd2, [%rd1+8], %fd1; ret; }
-"""
 
 
 @pytest.fixture
