@@ -12,7 +12,7 @@ SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc -name '*.?pp'
 CPP := $(shell find csrc benchmarks tests -name '*.?pp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mergekit lint format reference bench gpu experiments fuzz sanitize wheel sdist clean
+.PHONY: help demo test test-mergekit lint format reference bench gpu experiments emulate fuzz sanitize wheel sdist clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -68,6 +68,9 @@ $(VENV)/.gpu: $(VENV)/.tools
 
 experiments: $(VENV)/.tools  ## Reproduce the papers' findings on small models: half an hour, resumable
 	$(BIN)/python -m experiments.run $(EXPERIMENT_ARGS)
+
+emulate: $(VENV)/.tools  ## Run nvcc's and Triton's PTX against the reference, all of it, on an emulated GPU; needs nvcc
+	PARAMDELTA_EMULATE=all $(BIN)/python -m pytest -q -n 2 tests/conformance tests/emulation -k 'ptx or emulation'
 
 fuzz: build/fuzz/venv/.ready  ## Fuzz header, folder, plan and engine for FUZZ_SECONDS=600; FUZZ_TARGETS picks some
 	build/fuzz/venv/bin/python tests/fuzzing/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
