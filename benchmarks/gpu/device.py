@@ -63,7 +63,7 @@ def command_line(on: str) -> list[str]:
 def environment(on: str) -> dict[str, str]:
     """Return this process's environment for a part: on the host Triton interprets."""
     env = dict(os.environ)
-    if on != "cuda":
+    if on == "host":
         env["TRITON_INTERPRET"] = "1"
     return env
 
