@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--budget", type=float, default=520, help="seconds for all parts together (default: 520)")
-    parser.add_argument("--on", choices=PLACES, default="cuda", help="host: try every line without a GPU, tiny sizes")
+    parser.add_argument("--on", choices=PLACES, default="cuda", help="host: every line with no GPU, tiny; ptx: laws")
     parser.add_argument("--commit", help="where this is no git checkout: the commit of the sources")
     options = parser.parse_args(arguments)
     options.parts = options.parts.split(",")

@@ -74,7 +74,7 @@ def host(device: Device, sizes: Sizes, clock: Clock, case: str, folders: Folders
 def link(device: Device, buffer: int, part: int) -> float:
     """Return seconds for three parts up and one down at once, from a run that is long enough to tell."""
     torch = device.torch
-    if device.on == "host":
+    if device.on != "cuda":
         source, to = (torch.zeros(buffer, dtype=torch.uint8) for _ in range(2))
         start = time.perf_counter()
         for _ in range(4):

@@ -1,7 +1,8 @@
 """Where the GPU's measurements run: on a CUDA device, or on the host, where every line is tried without one.
 
 On the host the kernels are their bodies compiled by the C++ compiler (tests/conformance/cuda_on_host.py) and what
-Triton's interpreter makes of them, device memory is memory, and the times mean nothing.
+Triton's interpreter makes of them, device memory is memory, and the times mean nothing. ``ptx`` is the host, too, with
+nvcc's PTX executed (tests/emulation) in place of the bodies: for the laws, at some ten million elements a second.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from benchmarks.gpu import ROOT
 from paramdelta import backends
 
-PLACES = ("cuda", "host")
+PLACES = ("cuda", "host", "ptx")
 KERNELS = ("cuda", "triton")
 LEAST_ROUNDS = 3
 
@@ -37,13 +38,15 @@ class Clock:
 
 
 def use(on: str) -> None:
-    """Make ``paramdelta.backends.cuda`` the kernels' bodies on the host, where those are asked for."""
-    if on == "host":
-        folder = str(ROOT / "tests" / "conformance")
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+    """Make ``paramdelta.backends.cuda`` the kernels' bodies on the host, or their PTX, where those are asked for."""
+    if on != "cuda":
+        folder, name = {"host": ("conformance", "cuda_on_host"), "ptx": ("emulation", "emulated_cuda")}[on]
+        path = str(ROOT / "tests" / folder)
+        if path not in sys.path:
+            sys.path.insert(0, path)
         cuda = importlib.import_module("paramdelta.backends.cuda")
-        cuda._extension = importlib.import_module("cuda_on_host").module
+        build = importlib.import_module(name)
+        cuda._extension = build.module if on == "host" else build.module_on_host
 
 
 def command_line(on: str) -> list[str]:
@@ -51,7 +54,7 @@ def command_line(on: str) -> list[str]:
     if on == "cuda":
         return [sys.executable, "-m", "paramdelta"]
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks.gpu import device; device.use('host'); "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from benchmarks.gpu import device; device.use({on!r}); "
         "from paramdelta.cli import main; sys.exit(main())"
     )
     return [sys.executable, "-c", code]
@@ -88,7 +91,7 @@ class Device:
     @property
     def stream(self) -> int:
         """PyTorch's current stream as a number."""
-        return 0 if self.on == "host" else int(self.torch.cuda.current_stream().cuda_stream)
+        return 0 if self.on != "cuda" else int(self.torch.cuda.current_stream().cuda_stream)
 
     def finish(self) -> None:
         """Wait until everything enqueued is done."""
@@ -110,7 +113,7 @@ class Device:
 
     def copier(self, to: Any, source: Any) -> Callable[[], None]:
         """Return the driver's own copy of one tensor to another, on the current stream."""
-        if self.on == "host":
+        if self.on != "cuda":
             return lambda: ctypes.memmove(to.data_ptr(), source.data_ptr(), to.nbytes) and None
         driver = ctypes.CDLL("libcuda.so.1")
         arguments = [
@@ -152,7 +155,7 @@ class Device:
         return samples
 
     def _timed(self, turn: list[tuple[str, Callable[[], Any]]], ahead: Any, repeat: int) -> list[tuple[str, float]]:
-        if self.on == "host":
+        if self.on != "cuda":
             found = []
             for name, function in turn:
                 start = time.perf_counter()

@@ -25,8 +25,8 @@ def run(device: Device, sizes: Sizes, clock: Clock) -> Iterator[Record]:
     yield watched("none", [], device.on, Clock(clock.left() / 4))
     program = find()
     for i, tool in enumerate(TOOLS):
-        if device.on == "host" or program is None:
-            reason = "there is no device" if device.on == "host" else f"there is no {PROGRAM} on PATH nor with nvcc"
+        if device.on != "cuda" or program is None:
+            reason = "there is no device" if device.on != "cuda" else f"there is no {PROGRAM} on PATH nor with nvcc"
             yield Record(GROUP, "script", tool, {}, skipped=reason)
         else:
             command = [program, "--tool", tool, "--error-exitcode", "99"]

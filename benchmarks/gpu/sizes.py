@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,8 @@ TINY = Sizes(
     model_rounds=1,
     link_bytes=1 << 16,
 )
-BY_PLACE = {"cuda": FULL, "host": TINY}
+BY_PLACE = {
+    "cuda": FULL,
+    "host": TINY,
+    "ptx": replace(TINY, law_elements=1_000_000_000, law_piece=1 << 22, law_side=2048),
+}

@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     kernels = "cuda"
-    if options.on == "host":
+    if options.on != "cuda":
         kernels = "cuda-host"
     else:
         ExactMemory.driver = Driver()

@@ -13,6 +13,9 @@ namespace emulated {
 // Memory that kernels and copies may touch, from here on, and no longer.
 void allow(const void* memory, std::size_t bytes);
 void forbid(const void* memory);
+// From here on all memory is, whatever its allocation.
+void allow_all();
+bool all_are_allowed();
 bool is_allowed(const void* memory, std::size_t bytes);
 
 // A block has at most as much shared memory as a block on sm_90.

@@ -92,6 +92,16 @@ def _module() -> ModuleType | Exception:
     return loaded
 
 
+@functools.lru_cache(maxsize=1)
+def module_on_host() -> ModuleType:
+    """Return the extension as if it were built for the host: from then on all memory is the device's, and a launch
+    returns when it is done."""
+    loaded = module()
+    library().emulated_become_host()
+    vars(loaded)["on_host"] = lambda: True
+    return loaded
+
+
 class Copy:
     """Bytes in the emulated device's memory, `behind` bytes behind a 64-byte boundary; it ends where they do."""
 

@@ -53,6 +53,7 @@ int launch(const void* function, dim3 grid, dim3 block, void** arguments, std::s
   } catch (const Fault& fault) {
     return refused(fault.code, fault.what());
   }
+  if (all_are_allowed()) stream_of(stream)->finish();
   return cudaSuccess;
 }
 
@@ -89,6 +90,7 @@ __attribute__((visibility("default"))) std::size_t emulated_memory(int most) {
   return most ? state().most : state().in_use;
 }
 __attribute__((visibility("default"))) std::size_t emulated_pinned() { return state().pinned.size(); }
+__attribute__((visibility("default"))) void emulated_become_host() { allow_all(); }
 
 // Kernels that nobody registers with the runtime, such as Triton's: run at once. Returns 0, or the error's code.
 __attribute__((visibility("default"))) int emulated_launch(const char* name, unsigned blocks, unsigned threads,
