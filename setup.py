@@ -79,12 +79,12 @@ MODULES = [
         sorted(glob("csrc/cpu/*.cpp") + glob("csrc/io/*.cpp") + PARTS),
         include_dirs=["csrc"],
         depends=HEADERS,
-        extra_compile_args=FLAGS,
+        extra_compile_args=list(FLAGS),  # an extension adds to its own
         extra_link_args=LINK_FLAGS,
         cxx_std=17,
     )
 ]
 if not SANITIZE and setup_cuda.wanted():
-    MODULES.append(setup_cuda.extension(FLAGS))
+    MODULES.append(setup_cuda.extension(list(FLAGS)))
 
 setup(ext_modules=MODULES, cmdclass={"build_ext": Build})
