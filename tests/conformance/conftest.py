@@ -13,8 +13,16 @@ from paramdelta import backends
 # over.
 REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
-# Triton compiles a kernel anew for every form that it is called in, and the emulation compiles what it makes of it:
-# seconds each. These tests need few.
+# Where nvcc's code can be emulated, these files and tests take it in place of the same bodies compiled for the host. Triton
+# compiles a kernel anew for every form that it is called in, and the emulation what it makes of it: seconds each.
+CUDA_PTX = ("test_fast_lanes", "test_norms", "test_ranges", "test_scaled_blocks")
+CUDA_PTX += (
+    "test_alphas",
+    "test_mixed_operands",
+    "test_any_grid",
+    "test_units_larger_than_scratch_memory",
+    "test_keep",
+)
 TRITON_PTX = ("test_known_results", "test_alphas", "test_signed_zeros")
 
 
@@ -25,7 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in ("isa", "kernels", "norm_kernels"):
         if name in metafunc.fixturenames:
             devices = {"isa": (), "kernels": cuda_calls.KERNELS, "norm_kernels": cuda_calls.NORM_KERNELS}[name]
-            devices = tuple(each for each in devices if is_wanted(each, metafunc.function.__name__))
+            devices = tuple(each for each in devices if is_wanted(each, metafunc))
             reasons = cpu_variants() | {each: cuda_calls.why_not(each) for each in devices}
             metafunc.parametrize(
                 name,
@@ -36,15 +44,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
 
 
-def is_wanted(kernels: str, test: str) -> bool:
-    """Return whether a test takes these kernels. Where nvcc's code can be emulated, it takes the place of the same
-    bodies compiled for the host, and some tests take Triton's. PARAMDELTA_EMULATE is ``all`` or ``none``."""
+def is_wanted(kernels: str, test: pytest.Metafunc) -> bool:
+    """Return whether a test takes these kernels: all of them with PARAMDELTA_EMULATE=all, no emulated ones with none."""
     emulate = os.environ.get("PARAMDELTA_EMULATE", "")
     if emulate not in ("", "all", "none"):
         raise pytest.UsageError(f"PARAMDELTA_EMULATE is {emulate!r}: expected all, none, or nothing")
-    if kernels.endswith("-ptx"):
-        return emulate == "all" or (not emulate and (kernels != "triton-ptx" or test in TRITON_PTX))
-    return kernels != "cuda-host" or emulate != "" or cuda_calls.why_not("cuda-ptx") is not None
+    names = {test.module.__name__, test.function.__name__}
+    if kernels == "triton-ptx":
+        return emulate == "all" or (not emulate and bool(names & set(TRITON_PTX)))
+    emulated = emulate == "all" or (
+        not emulate and cuda_calls.why_not("cuda-ptx") is None and bool(names & set(CUDA_PTX))
+    )
+    return emulated if kernels == "cuda-ptx" else kernels != "cuda-host" or not emulated
 
 
 def cpu_variants() -> dict[str, str | None]:

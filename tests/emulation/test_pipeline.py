@@ -4,6 +4,7 @@ that must be page-locked or the device's, calls that fail when they are told to.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_device_memory_is_bounded_by_the_slots(device: Any, tmp_path: Path) -> N
     assert memory // 2 <= device.emulated_memory(1) <= 2 * memory
 
 
+def outcome(folder: Path, chosen: engine.EngineOptions) -> str | None:
+    """Run, and return what a failure of the device said."""
+    try:
+        run(folder, chosen)
+    except DeviceError as error:
+        return str(error)
+    return None
+
+
 def count_calls(device: Any, tmp_path: Path, call: str) -> int:
     device.emulated_reset()
     run(tmp_path / "counted", options(threads=2, memory=1 << 18))
@@ -84,8 +94,11 @@ def test_whatever_cannot_be_had_nothing_of_it_is_kept(device: Any, tmp_path: Pat
         device.emulated_reset()
         chosen = options(threads=2, memory=1 << 18)
         device.emulated_fail(call.encode(), nth, OUT_OF_MEMORY)
-        with pytest.raises(DeviceError, match=f"{what}.* failed: emulated: as was asked for"):
-            run(tmp_path / "failing", chosen)
+        said = outcome(tmp_path / "failing", chosen)
+        if device.emulated_calls(call.encode()) < nth:  # what each worker needs depends on who was where first
+            assert said is None
+        else:
+            assert re.search(f"{what}.* failed: emulated: as was asked for", said or "nothing was said")
         run(tmp_path / "after", chosen)
 
 
