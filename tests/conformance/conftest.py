@@ -13,16 +13,10 @@ from paramdelta import backends
 # over.
 REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
-# Where nvcc's code can be emulated, these files and tests take it in place of the same bodies compiled for the host. Triton
-# compiles a kernel anew for every form that it is called in, and the emulation what it makes of it: seconds each.
-CUDA_PTX = ("test_fast_lanes", "test_norms", "test_ranges", "test_scaled_blocks")
-CUDA_PTX += (
-    "test_alphas",
-    "test_mixed_operands",
-    "test_any_grid",
-    "test_units_larger_than_scratch_memory",
-    "test_keep",
-)
+# Where nvcc's code can be emulated, these files and tests take it in place of the same bodies compiled for the host.
+# Triton compiles a kernel anew for every form that it is called in, and the emulation what it makes of it: seconds each.
+CUDA_PTX = ("test_fast_lanes", "test_norms", "test_ranges", "test_scaled_blocks", "test_alphas", "test_keep")
+CUDA_PTX += ("test_mixed_operands", "test_any_grid", "test_units_larger_than_scratch_memory")
 TRITON_PTX = ("test_known_results", "test_alphas", "test_signed_zeros")
 
 
@@ -45,16 +39,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def is_wanted(kernels: str, test: pytest.Metafunc) -> bool:
-    """Return whether a test takes these kernels: all of them with PARAMDELTA_EMULATE=all, no emulated ones with none."""
+    """Return whether a test takes these kernels: with PARAMDELTA_EMULATE=all all of them, with none no emulated ones."""
     emulate = os.environ.get("PARAMDELTA_EMULATE", "")
     if emulate not in ("", "all", "none"):
         raise pytest.UsageError(f"PARAMDELTA_EMULATE is {emulate!r}: expected all, none, or nothing")
     names = {test.module.__name__, test.function.__name__}
     if kernels == "triton-ptx":
         return emulate == "all" or (not emulate and bool(names & set(TRITON_PTX)))
-    emulated = emulate == "all" or (
-        not emulate and cuda_calls.why_not("cuda-ptx") is None and bool(names & set(CUDA_PTX))
-    )
+    has_ptx = cuda_calls.why_not("cuda-ptx") is None and bool(names & set(CUDA_PTX))
+    emulated = emulate == "all" or (not emulate and has_ptx)
     return emulated if kernels == "cuda-ptx" else kernels != "cuda-host" or not emulated
 
 
