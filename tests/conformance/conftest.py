@@ -14,7 +14,7 @@ from paramdelta import backends
 REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
 # Where nvcc's code can be emulated, these files and tests take it in place of the same bodies compiled for the host.
-# Triton compiles a kernel anew for every form that it is called in, and the emulation what it makes of it: seconds each.
+# Triton compiles a kernel anew for every form that it is called in, and the emulation what it makes of it, in seconds.
 CUDA_PTX = ("test_fast_lanes", "test_norms", "test_ranges", "test_scaled_blocks", "test_alphas", "test_keep")
 CUDA_PTX += ("test_mixed_operands", "test_any_grid", "test_units_larger_than_scratch_memory")
 TRITON_PTX = ("test_known_results", "test_alphas", "test_signed_zeros")
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def is_wanted(kernels: str, test: pytest.Metafunc) -> bool:
-    """Return whether a test takes these kernels: with PARAMDELTA_EMULATE=all all of them, with none no emulated ones."""
+    """Return whether a test takes these kernels: all with PARAMDELTA_EMULATE=all, with none those not emulated."""
     emulate = os.environ.get("PARAMDELTA_EMULATE", "")
     if emulate not in ("", "all", "none"):
         raise pytest.UsageError(f"PARAMDELTA_EMULATE is {emulate!r}: expected all, none, or nothing")
