@@ -70,7 +70,8 @@ experiments: $(VENV)/.tools  ## Reproduce the papers' findings on small models: 
 	$(BIN)/python -m experiments.run $(EXPERIMENT_ARGS)
 
 emulate: $(VENV)/.tools  ## Run nvcc's and Triton's PTX against the reference, all of it, on an emulated GPU; needs nvcc
-	PARAMDELTA_EMULATE=all $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal tests/conformance tests/emulation -k 'ptx or emulation'
+	PARAMDELTA_EMULATE=all $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal tests/conformance tests/emulation tests/kernels/test_compiled.py \
+		tests/test_machine_code.py -k 'ptx or emulation or compiled or machine_code'
 
 fuzz: build/fuzz/venv/.ready  ## Fuzz header, folder, plan and engine for FUZZ_SECONDS=600; FUZZ_TARGETS picks some
 	build/fuzz/venv/bin/python tests/fuzzing/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)

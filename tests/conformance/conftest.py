@@ -17,7 +17,7 @@ REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 # Triton compiles a kernel anew for every form that it is called in, and the emulation what it makes of it, in seconds.
 CUDA_PTX = ("test_fast_lanes", "test_norms", "test_ranges", "test_scaled_blocks", "test_alphas", "test_keep")
 CUDA_PTX += ("test_mixed_operands", "test_any_grid", "test_units_larger_than_scratch_memory")
-TRITON_PTX = ("test_known_results", "test_alphas", "test_signed_zeros")
+TRITON_PTX = ("test_known_results", "test_signed_zeros")
 
 
 @pytest.hookimpl(trylast=True)  # after the tests' own parameters: all kernels of one case follow each other

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,27 +145,25 @@ def _extension(kernels: Sequence[Path], binding: Path, target: Path) -> None:
     names = [f"-DPARAMDELTA_CUDA_MODULE={NAME}", f"-I{ROOT / 'csrc'}"]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
-    def host(source: Path) -> Path:
+    def both(source: Path) -> list[Path]:
+        """Return nvcc's object of the host's code, and that of the PTX which nvcc made on the way, if of kernels."""
         made = FOLDER / f"{source.stem}.host.o"
         flags = [f"-gencode=arch=compute_{TARGET},code=compute_{TARGET}", "-I" + str(ROOT / "csrc")]
-        subprocess.run([nvcc, *_setup().FLAGS, *flags, "-c", source, "-o", made], check=True)
-        return made
-
-    def device(source: Path) -> Path:
-        text = FOLDER / f"{source.stem}.ptx"
-        flags = [f"-arch=compute_{TARGET}", "-I" + str(ROOT / "csrc"), "-ptx"]
-        subprocess.run([nvcc, *_setup().FLAGS, *flags, source, "-o", text], check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            keep = ["--keep", f"--keep-dir={folder}"]
+            subprocess.run([nvcc, *_setup().FLAGS, *flags, *keep, "-c", source, "-o", made], check=True)
+            (text,) = (read.read_text() for read in Path(folder).glob("*.ptx"))
+        if ".entry" not in text:
+            return [made]
         translated = FOLDER / f"{source.stem}.device.cpp"
-        translated.write_text(translate.translate(ptx.read(text.read_text())))
-        text.unlink()
-        (made,) = _objects([translated], [])
+        translated.write_text(translate.translate(ptx.read(text)))
+        device = _objects([translated], [])
         translated.unlink()
-        return made
+        return [made, *device]
 
     with ThreadPoolExecutor(_jobs()) as pool:
-        running = [pool.submit(device, k) for k in kernels if "_kernel.hpp" in k.read_text()]
-        running += [pool.submit(host, k) for k in kernels]
-        objects = [each.result() for each in running]
+        largest_first = sorted(kernels, key=lambda source: source.name != "scaled.cu")
+        objects = [each for made in pool.map(both, largest_first) for each in made]
     _shared(target, [*objects, *_objects([binding], [*names, *python])])
 
 

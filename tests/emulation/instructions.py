@@ -11,7 +11,7 @@ from ptx import WIDTHS, Instruction
 
 # Opcodes whose result is a function of their operands, all of the instruction's type.
 PLAIN = {
-    **{name: name for name in ("add", "sub", "mul", "mad", "fma", "div", "rem", "rcp", "min", "max", "neg", "abs")},
+    **{name: name for name in ("add", "sub", "mul", "mad", "fma", "div", "rem", "rcp", "neg", "abs")},
     "and": "and_",
     "or": "or_",
     "xor": "xor_",
@@ -111,6 +111,22 @@ class Instructions:
         inner = ", ".join(self.take(o, k) for o, k in zip(i.operands[1:], kinds, strict=False))
         return self.give(i.operands[0], result, f"{name}<{kind}>({inner})")
 
+    def _max(self, i: Instruction) -> str:
+        return self._extreme(i)
+
+    def _min(self, i: Instruction) -> str:
+        return self._extreme(i)
+
+    def _extreme(self, i: Instruction) -> str:
+        (kind,) = self.only(i, {"NaN", "relu"})
+        a, b = (self.take(o, kind) for o in i.operands[1:])
+        value = f"{i.opcode}<{kind}>({a}, {b})"
+        if "NaN" in i.modifiers:  # rather than the number
+            value = f"unordered({a}, {b}) ? made({a} + {b}) : {value}"
+        if "relu" in i.modifiers:
+            value = f"max<{kind}>({value}, {kind}{{0}})"
+        return self.give(i.operands[0], kind, value)
+
     def _mov(self, i: Instruction) -> str:
         (kind,) = self.only(i, set())
         to, source = i.operands
@@ -142,8 +158,8 @@ class Instructions:
 
     def _packed(self, i: Instruction) -> str:
         """Conversions of types that C++ has none of, two to a register but for ``cvt.f32.f16``."""
-        if i.modifiers == ("f32", "f16"):
-            return self.give(i.operands[0], "f32", f"f16_value({self.take(i.operands[1], 'b16')})")
+        if i.modifiers in (("f32", "f16"), ("f64", "f16")):
+            return self.give(i.operands[0], i.modifiers[0], f"f16_value({self.take(i.operands[1], 'b16')})")
         if i.modifiers == ("rn", "f16x2", "e4m3x2"):
             codes = self.take(i.operands[1], "b16")
             halves = [f"static_cast<b32>(f16(e4m3_value({codes} >> {shift} & 255))) << {2 * shift}" for shift in (0, 8)]

@@ -159,6 +159,17 @@ INSTRUCTIONS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         "f32",
         lambda a, b, c: np.float32(np.uint16(a & 0xFFFF).view("f2")),
     ),
+    "max.NaN.f32 %d, %a, %b": (
+        "f32",
+        "f32",
+        lambda a, b, c: np.float32(math.nan if a != a or b != b else extreme(float(a), float(b), max)),
+    ),
+    "max.relu.s32 %d, %a, %b": ("b32", "b32", lambda a, b, c: max(signed(a, 32), signed(b, 32), 0)),
+    "cvt.u16.u32 %h, %a; cvt.f64.f16 %d, %h": (
+        "b32",
+        "f64",
+        lambda a, b, c: np.float64(np.uint16(a & 0xFFFF).view("f2")),
+    ),
     "abs.f32 %d, %a": ("f32", "f32", lambda a, b, c: abs(a)),
     "neg.f64 %d, %a": ("f64", "f64", lambda a, b, c: -a),
 }
