@@ -64,7 +64,7 @@ def tests(kernels: str, selection: Selection, on: str, clock: Clock) -> Record:
         if processes > 2 and importlib.util.find_spec("xdist"):
             command += ["-n", str(processes)]
         # The tests are to import what is installed, not what lies beside them.
-        env = environment(on) | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PARAMDELTA_EMULATE": "none"}
+        env = environment(on) | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PARAMDELTA_EMULATE": ""}
         try:
             done = subprocess.run(
                 command,

@@ -13,12 +13,6 @@ from paramdelta import backends
 # over.
 REQUIRED = {"cpu": ("scalar", "avx2", "avx512")}
 
-# Where nvcc's code can be emulated, these files and tests take it in place of the same bodies compiled for the host.
-# Triton compiles a kernel anew for every form that it is called in, and the emulation what it makes of it, in seconds.
-CUDA_PTX = ("test_fast_lanes", "test_norms", "test_ranges", "test_scaled_blocks", "test_alphas", "test_keep")
-CUDA_PTX += ("test_mixed_operands", "test_any_grid", "test_units_larger_than_scratch_memory")
-TRITON_PTX = ("test_known_results", "test_signed_zeros")
-
 
 @pytest.hookimpl(trylast=True)  # after the tests' own parameters: all kernels of one case follow each other
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -27,7 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in ("isa", "kernels", "norm_kernels"):
         if name in metafunc.fixturenames:
             devices = {"isa": (), "kernels": cuda_calls.KERNELS, "norm_kernels": cuda_calls.NORM_KERNELS}[name]
-            devices = tuple(each for each in devices if is_wanted(each, metafunc))
+            devices = tuple(each for each in devices if is_wanted(each))
             reasons = cpu_variants() | {each: cuda_calls.why_not(each) for each in devices}
             metafunc.parametrize(
                 name,
@@ -38,17 +32,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
 
 
-def is_wanted(kernels: str, test: pytest.Metafunc) -> bool:
-    """Return whether a test takes these kernels: all with PARAMDELTA_EMULATE=all, with none those not emulated."""
+def is_wanted(kernels: str) -> bool:
+    """Return whether tests take these kernels. What is emulated takes minutes to compile and to run, so `make emulate`
+    asks for it (PARAMDELTA_EMULATE=all); nvcc's PTX then takes the place of the same bodies compiled for the host."""
     emulate = os.environ.get("PARAMDELTA_EMULATE", "")
-    if emulate not in ("", "all", "none"):
-        raise pytest.UsageError(f"PARAMDELTA_EMULATE is {emulate!r}: expected all, none, or nothing")
-    names = {test.module.__name__, test.function.__name__}
-    if kernels == "triton-ptx":
-        return emulate == "all" or (not emulate and bool(names & set(TRITON_PTX)))
-    has_ptx = cuda_calls.why_not("cuda-ptx") is None and bool(names & set(CUDA_PTX))
-    emulated = emulate == "all" or (not emulate and has_ptx)
-    return emulated if kernels == "cuda-ptx" else kernels != "cuda-host" or not emulated
+    if emulate not in ("", "all"):
+        raise pytest.UsageError(f"PARAMDELTA_EMULATE is {emulate!r}: expected all, or nothing")
+    return emulate == "all" if kernels.endswith("-ptx") else kernels != "cuda-host" or not emulate
 
 
 def cpu_variants() -> dict[str, str | None]:

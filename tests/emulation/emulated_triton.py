@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import emulated_cuda
-import pytest
 
 from paramdelta.backends import triton as backend
 
@@ -43,6 +42,7 @@ def why_not() -> str | None:
 @contextlib.contextmanager
 def active() -> Iterator[None]:
     """Within it, Triton launches on the emulated device, and addresses are of its memory."""
+    import pytest  # here alone: what imports this may do without tests
     from triton.backends import backends
     from triton.runtime import driver
 
