@@ -47,12 +47,17 @@ def module() -> ModuleType:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several workers that come here at once, one compiles
         if not target.exists() or target.stat().st_mtime < newest:
             _compile(parts, target)
-    loader = importlib.machinery.ExtensionFileLoader(NAME, str(target))
-    spec = importlib.util.spec_from_file_location(NAME, target, loader=loader)
+    return load(NAME, target)
+
+
+def load(name: str, target: Path) -> ModuleType:
+    """Import an extension module from its file."""
+    loader = importlib.machinery.ExtensionFileLoader(name, str(target))
+    spec = importlib.util.spec_from_file_location(name, target, loader=loader)
     assert spec is not None
     loaded = importlib.util.module_from_spec(spec)
     loader.exec_module(loaded)
-    sys.modules[NAME] = loaded
+    sys.modules[name] = loaded
     return loaded
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
-import importlib.machinery
 import importlib.util
 import os
 import shutil
@@ -27,6 +26,9 @@ import ptx
 import translate
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "conformance"))
+import cuda_on_host  # noqa: E402
+
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "emulated"
 NAME = "_cuda_emulated"
@@ -84,13 +86,7 @@ def _module() -> ModuleType | Exception:
         make_once(target, sources, lambda to: _extension(kernels, binding, to))
     except (subprocess.CalledProcessError, ValueError) as error:
         return error
-    loader = importlib.machinery.ExtensionFileLoader(NAME, str(target))
-    spec = importlib.util.spec_from_file_location(NAME, target, loader=loader)
-    assert spec is not None
-    loaded = importlib.util.module_from_spec(spec)
-    loader.exec_module(loaded)
-    sys.modules[NAME] = loaded
-    return loaded
+    return cuda_on_host.load(NAME, target)
 
 
 @functools.lru_cache(maxsize=1)
